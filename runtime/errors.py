@@ -1,0 +1,31 @@
+"""The one family of errors a user meets. Every message says what to do next."""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """Base of every error agentkit raises on purpose."""
+
+
+class ModelError(AgentError):
+    """A model cannot be found, read or trusted: unknown name, damaged weights, incomplete configuration."""
+
+
+class SchemaError(AgentError):
+    """A schema, regular expression or grammar cannot be compiled.
+
+    Attributes:
+        pointer: JSON pointer of the part at fault (``""`` for the whole), where known.
+    """
+
+    def __init__(self, message: str, pointer: str = "") -> None:
+        super().__init__(message)
+        self.pointer = pointer
+
+
+class CapacityError(AgentError):
+    """A request can never fit: the context, the page pool or the token budget is too small for it."""
+
+
+class EngineError(AgentError):
+    """The engine is closed or its loop has died; the message carries the cause."""

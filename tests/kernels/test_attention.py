@@ -1,0 +1,94 @@
+"""Paged attention: the tiled CPU form against its definition, over every way a context can lie in the pool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentkit.kernels.attention import Work, merge, paged_attention, paged_attention_reference
+
+SLOTS = 96
+
+
+@st.composite
+def works(draw: st.DrawFn) -> tuple[Work, ...]:
+    """Work items whose rows follow each other; their contexts may share slots, as sequences with one prefix do."""
+    items: list[Work] = []
+    start = 0
+    for _ in range(draw(st.integers(1, 4))):
+        runs: list[tuple[int, int]] = []
+        for _ in range(draw(st.integers(1, 4))):
+            first = draw(st.integers(0, SLOTS - 1))
+            length = draw(st.integers(1, SLOTS - first))
+            runs.append((first, length))
+        context = sum(length for _, length in runs)
+        rows = draw(st.integers(1, min(context, 24)))
+        items.append(Work(start, rows, tuple(runs)))
+        start += rows
+    return tuple(items)
+
+
+@given(
+    work=works(),
+    shape=st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 2, 16)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_tiled_form_equals_its_definition(
+    work: tuple[Work, ...], shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    heads, kv_heads, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    rows = work[-1].start + work[-1].rows
+    query = torch.randn(rows, heads, dim, generator=generator).to(dtype)
+    pool = torch.randn(SLOTS, 2, kv_heads, dim, generator=generator).to(dtype)
+    used = {slot for item in work for first, length in item.runs for slot in range(first, first + length)}
+    pool[[slot for slot in range(SLOTS) if slot not in used]] = torch.nan  # nothing outside the runs may be read
+    got = paged_attention(query, pool[:, 0], pool[:, 1], work, dim**-0.5)
+    want = paged_attention_reference(query.double(), pool[:, 0].double(), pool[:, 1].double(), work, dim**-0.5)
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    assert not got.isnan().any()
+    assert (got.double() - want).abs().max() < tolerance
+
+
+def test_definition_is_torchs_attention_on_one_contiguous_sequence() -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(12, 4, 16), torch.randn(12, 2, 16), torch.randn(12, 2, 16)
+    got = paged_attention_reference(query, keys, values, [Work(0, 12, ((0, 12),))], 0.25)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
+    assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_context_is_never_copied() -> None:
+    """A decode row over a long context allocates no more than a few of its own outputs."""
+    keys = torch.zeros(4096, 2, 64)
+    work = [Work(0, 1, ((0, 4000),))]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        paged_attention(torch.zeros(1, 4, 64), keys, keys, work, 0.125)
+    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    assert allocated < keys.numel() * keys.element_size() / 4
+
+
+def test_merge_of_one_piece_is_that_piece() -> None:
+    part = torch.randn(1, 2, 3, 4)
+    assert merge([(part, torch.zeros(1, 2, 3))]) is part
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "values", "named"),
+    [
+        ((1, 5, 8), (4, 2, 8), (4, 2, 8), "query"),
+        ((1, 4, 8), (4, 2, 8), (4, 2, 16), "keys, values"),
+        ((1, 4, 16), (4, 2, 8), (4, 2, 8), "keys, values"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_named(
+    query: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named}:"):
+        paged_attention(torch.zeros(query), torch.zeros(keys), torch.zeros(values), [Work(0, 1, ((0, 1),))], 1.0)

@@ -1,0 +1,55 @@
+"""The 4-bit product, the norm and the rotation, each against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from agentkit.kernels.linear import int4_linear, int4_linear_reference, pack_int4
+from agentkit.kernels.norm import rms_norm, rms_norm_reference
+from agentkit.kernels.rope import angles, rotate_, rotate_reference
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (64, 96), (960, 576), (48, 1536)])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_int4_linear_equals_its_definition_up_to_bf16_scales(shape: tuple[int, int], rows: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randint(0, 16, shape, dtype=torch.uint8)
+    scale = (torch.rand(shape[0], shape[1] // 32) / 50).to(torch.bfloat16).float()  # exact in bf16, so only the
+    minimum = -8 * scale  # products are rounded: Q4_0's form
+    x = torch.randn(rows, shape[1]).to(torch.bfloat16).float()
+    got = int4_linear(x, pack_int4(q, scale, minimum))
+    want = int4_linear_reference(x, q, scale, minimum)
+    assert got.dtype is torch.float32
+    assert (got - want).norm() / want.norm() < 4e-3  # half a unit in the last place of bf16
+
+
+@pytest.mark.parametrize("shape", [(15, 32), (16, 40)])
+def test_shapes_that_cannot_be_packed_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="^q:"):
+        pack_int4(torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_scales_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="^scale, minimum:"):
+        pack_int4(torch.zeros((16, 64), dtype=torch.uint8), torch.zeros(16, 1), torch.zeros(16, 1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
+def test_rms_norm_equals_its_definition(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(5, 64) * 3).to(dtype), torch.randn(64).to(dtype)
+    assert (rms_norm(x, weight, 1e-6) - rms_norm_reference(x, weight, 1e-6)).abs().max() <= tolerance * 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_in_place_equals_its_definition_far_into_the_context(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16).to(dtype)
+    cos, sin = angles(torch.tensor([0, 1, 4096, 262_143]), 5e6 ** -(torch.arange(0, 16, 2) / 16))
+    assert cos.dtype is torch.float32
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    want = rotate_reference(x, cos, sin)
+    rotate_(x, cos, sin)
+    assert torch.equal(x, want)
+    assert torch.equal(cos[0], torch.ones_like(cos[0]))
