@@ -18,6 +18,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 types: .venv/ready
+	rm -rf build/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/ready

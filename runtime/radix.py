@@ -1,0 +1,283 @@
+"""The prefix tree: which token prefixes have their KV in a page, page by page.
+ A node is one page: a full one (`page_size` ids), which may have children, or a partial one (the tail of a
+finished conversation), which is always a leaf and is reused by copying. A full page is read in place by
+everybody who matched it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from agentkit.runtime.pages import Corruption, Owner, PagePool
+
+_ROOT_PAGE = -1
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many leading ids are the same."""
+    for at, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return at
+    return min(len(left), len(right))
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One page of a cached prefix; a root (one per namespace) has no page and no ids."""
+
+    namespace: str
+    parent: Node | None
+    ids: tuple[int, ...]
+    page: int
+    depth: int  # full pages from the root to here, this one included
+    used: int
+    locks: int = 0
+    alive: bool = True
+    queued: bool = False  # the eviction heap holds an entry for this node
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict[tuple[int, ...], "Node"])
+    order: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])  # the children's ids, sorted
+
+    def path(self) -> list[Node]:
+        """The nodes from below the root down to this one."""
+        nodes: list[Node] = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A page whose first ``n`` tokens continue a match: to be copied, not shared; lock it until then."""
+
+    node: Node
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix: ``n_tokens`` ids in full ``pages`` down to ``node``, perhaps a tail."""
+
+    node: Node
+    pages: list[int]
+    n_tokens: int
+    tail: Tail | None
+
+
+class PrefixTree:
+    """A radix tree over full pages, one root per namespace, with least-recently-used eviction of unlocked
+    leaves.
+
+    What must not be mixed (model, adapter, salt, KV dtype) belongs in the namespace: roots share nothing.
+    Only the deepest node of a sequence is locked, since a node with children is never evicted. Whoever calls
+    `match` locks what it keeps before anything else can evict.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, not {page_size}")
+        self.pool = pool
+        self.page_size = page_size
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self._heap: list[tuple[int, int, Node]] = []  # (used, page, node), at most one entry per node
+
+    def match(self, namespace: str, ids: Sequence[int], limit: int) -> Match:
+        """Find the longest cached prefix of ``ids[:limit]`` and mark it as just used.
+
+        Give ``limit = len(ids) - 1`` so that one token is left to compute: its logits are what the caller
+        wants. O(limit + log children): the tail is found among the two sorted neighbours of the remaining
+        ids.
+        """
+        size = self.page_size
+        node = self._root(namespace)
+        pages: list[int] = []
+        start = 0
+        while start + size <= limit:
+            child = node.children.get(tuple(ids[start : start + size]))
+            if child is None:
+                break
+            node = child
+            pages.append(node.page)
+            node.used = self._tick()
+            start += size
+        tail = _longest_tail(node, tuple(ids[start : min(start + size, limit)]))
+        if tail is not None:
+            tail.node.used = self._tick()
+        return Match(node, pages, start, tail)
+
+    def lock(self, node: Node) -> None:
+        """Keep ``node`` and its ancestors from eviction until a matching `unlock`."""
+        if not node.alive:
+            raise Corruption(f"page {node.page} is locked after its eviction")
+        node.locks += 1
+
+    def unlock(self, node: Node) -> None:
+        """Undo one `lock`; the node counts as just used."""
+        if node.locks < 1:
+            raise Corruption(f"page {node.page} is unlocked more often than it was locked")
+        node.locks -= 1
+        node.used = self._tick()
+        self._offer(node)
+
+    def insert(self, namespace: str, node: Node | None, ids: Sequence[int], page: int) -> tuple[Node, bool]:
+        """Publish one full page whose KV has been computed, below ``node`` (None: below the namespace's
+        root).
+
+        Returns:
+            The child, and whether the tree took the page. If the child was there already, it keeps its own
+            page and the caller keeps ``page`` as its private duplicate.
+        """
+        key = tuple(ids)
+        if len(key) != self.page_size:
+            raise Corruption(f"a full page has {self.page_size} ids, not {len(key)}")
+        parent = node if node is not None else self._root(namespace)
+        child = parent.children.get(key)
+        if child is not None:
+            child.used = self._tick()
+            return child, False
+        child = self._attach(parent, key, page)
+        self._drop_covered(parent, key)
+        return child, True
+
+    def insert_tail(self, node: Node, ids: Sequence[int], page: int) -> bool:
+        """Publish a partial page below ``node``; False, and the page stays the caller's, if a child covers it
+        already.
+
+        A partial page that is a strict prefix of the new one is replaced by it.
+        """
+        key = tuple(ids)
+        if not 0 < len(key) < self.page_size:
+            raise Corruption(f"a partial page has 1 to {self.page_size - 1} ids, not {len(key)}")
+        at = bisect_left(node.order, key)
+        if at < len(node.order) and node.order[at][: len(key)] == key:
+            node.children[node.order[at]].used = self._tick()
+            return False
+        self._attach(node, key, page)
+        self._drop_covered(node, key)
+        return True
+
+    def evict(self, n: int) -> int:
+        """Free up to ``n`` pages, least recently used unlocked leaves first; returns how many."""
+        freed = 0
+        while freed < n and self._heap:
+            used, _, node = heapq.heappop(self._heap)
+            node.queued = False
+            if used != node.used:
+                self._offer(node)
+            elif _evictable(node):
+                self._remove(node)
+                freed += 1
+        return freed
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node, roots included. Walks the tree: for checks and state dumps."""
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def check(self, locks: Mapping[Node, int]) -> None:
+        """Raise `Corruption` unless the structure is sound and every lock count is that in ``locks``."""
+        pages: set[int] = set()
+        seen: set[Node] = set()
+        for node in self.nodes():
+            seen.add(node)
+            self._check_node(node, locks.get(node, 0))
+            if node.parent is not None:
+                pages.add(node.page)
+        if missing := [node.page for node, count in locks.items() if count and node not in seen]:
+            raise Corruption(f"locked pages {missing} are not in the tree")
+        in_tree = len(seen) - len(self._roots)
+        if len(pages) != in_tree or in_tree != self.pool.tree:
+            raise Corruption(f"{in_tree} nodes hold {len(pages)} pages, the pool counts {self.pool.tree} tree pages")
+
+    def _check_node(self, node: Node, locks: int) -> None:
+        where = f"page {node.page} of namespace {node.namespace!r}"
+        if node.locks != locks or not node.alive:
+            raise Corruption(f"{where} has {node.locks} locks instead of {locks}, or is dead (alive={node.alive})")
+        if node.order != sorted(node.children):
+            raise Corruption(f"{where}: the sorted index differs from the children")
+        if node.parent is None:
+            return
+        full = len(node.ids) == self.page_size
+        if node.parent.children.get(node.ids) is not node or node.depth != node.parent.depth + full:
+            raise Corruption(f"{where} is not linked to its parent")
+        if self.pool.owner(node.page) != Owner.TREE:
+            raise Corruption(f"{where} is {self.pool.owner(node.page).name}, not TREE")
+        if not full and (node.children or not node.ids):
+            raise Corruption(f"{where} is partial and has children, or has no ids")
+        if _evictable(node) and not node.queued:
+            raise Corruption(f"{where} can be evicted, but the eviction heap does not know it")
+
+    def _root(self, namespace: str) -> Node:
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Node(namespace, None, (), _ROOT_PAGE, 0, 0)
+        return root
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _attach(self, parent: Node, key: tuple[int, ...], page: int) -> Node:
+        if not parent.alive:
+            raise Corruption(f"page {page} is published below the evicted page {parent.page}")
+        self.pool.adopt(page)
+        depth = parent.depth + (len(key) == self.page_size)
+        child = Node(parent.namespace, parent, key, page, depth, self._tick())
+        parent.children[key] = child
+        insort(parent.order, key)
+        self._offer(child)
+        return child
+
+    def _drop_covered(self, parent: Node, key: tuple[int, ...]) -> None:
+        """Remove the unlocked partial pages that ``key``, just attached, extends: it takes their place."""
+        for length in range(1, len(key)):
+            child = parent.children.get(key[:length])
+            if child is not None and not child.locks:
+                self._remove(child)
+
+    def _remove(self, node: Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.ids]
+        del parent.order[bisect_left(parent.order, node.ids)]
+        node.alive = False
+        self.pool.release(node.page)
+        parent.used = max(parent.used, node.used)  # a prefix is in use whenever what follows it is
+        self._offer(parent)
+
+    def _offer(self, node: Node) -> None:
+        """Queue ``node`` for eviction if it may be evicted now; an empty root is forgotten instead."""
+        if not _evictable(node):
+            return
+        if node.parent is None:
+            node.alive = False
+            del self._roots[node.namespace]
+        elif not node.queued:
+            node.queued = True
+            heapq.heappush(self._heap, (node.used, node.page, node))
+            if len(self._heap) > 2 * self.pool.tree + 64:  # mostly pages dropped without an eviction
+                self._heap = [entry for entry in self._heap if entry[2].alive]
+                heapq.heapify(self._heap)
+
+
+def _evictable(node: Node) -> bool:
+    return node.alive and not node.locks and not node.children
+
+
+def _longest_tail(node: Node, rest: tuple[int, ...]) -> Tail | None:
+    """The child that shares most leading ids with ``rest``: in sorted order one of two neighbours."""
+    at = bisect_left(node.order, rest)
+    best: Tail | None = None
+    for key in node.order[max(at - 1, 0) : at + 1]:
+        n = common_prefix(key, rest)
+        if n > (best.n if best is not None else 0):
+            best = Tail(node.children[key], n)
+    return best

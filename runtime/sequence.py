@@ -1,0 +1,101 @@
+"""What the scheduler plans with: sequences, and the entries and copies of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from agentkit.runtime.errors import CapacityError
+from agentkit.runtime.radix import Node
+
+
+class State(Enum):
+    """Where a sequence is. FINISHED covers aborted and failed ones."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request: its ids, and how far their KV is computed and where it lies.
+
+    Counters, for usage: ``cached`` tokens came from the prefix tree or a copy, ``prefilled`` are prompt
+    tokens computed once, ``recomputed`` were computed before and lost to a preemption.
+    """
+
+    rid: int
+    ids: list[int]  # the prompt, then everything emitted or forced
+    namespace: str
+    arrival: int
+    prompt: int  # how many ids were there at submit
+    state: State = State.WAITING
+    computed: int = 0  # ids whose KV is in `pages`
+    in_flight: int = 0  # ids after those that the step in flight computes
+    pages: list[int] = field(default_factory=list[int])
+    runs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # `pages` as (first page, how many)
+    private: set[int] = field(default_factory=set[int])  # the pages it owns; the others are the tree's
+    node: Node | None = None  # the deepest node of its path in the tree, locked
+    published: int = 0  # full pages on that path
+    awaiting: bool = False  # all is computed: nothing to do until `append` or `finish`
+    goal: int = 0  # ids before this one are prefill; from there on it decodes
+    reached: int = 0  # the largest `computed` so far, preemptions included
+    cached: int = 0
+    prefilled: int = 0
+    recomputed: int = 0
+    parent: Sequence | None = None  # fork: where the tail may be copied from
+    shared: int = 0  # fork: leading ids in common with the parent
+
+    @property
+    def remaining(self) -> int:
+        """Ids that no step has computed yet."""
+        return len(self.ids) - self.computed - self.in_flight
+
+    def add_page(self, page: int) -> None:
+        """Extend the page table, and its runs, by one page."""
+        self.pages.append(page)
+        if self.runs and sum(self.runs[-1]) == page:
+            first, count = self.runs[-1]
+            self.runs[-1] = (first, count + 1)
+        else:
+            self.runs.append((page, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Compute ``seq.ids[start : start + n]``; ``sample``: this reaches the last id, whose logits count."""
+
+    seq: Sequence
+    start: int
+    n: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy the KV of the first ``n_tokens`` slots of a page, in every layer, before the forward pass."""
+
+    src_page: int
+    dst_page: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. ``failed`` requests have ended: tell their callers; the others do not suffer."""
+
+    entries: list[Entry]
+    copies: list[Copy]
+    failed: list[tuple[int, CapacityError]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sequences by state, pages by owner."""
+
+    running: int
+    waiting: int
+    free: int
+    private: int
+    tree: int

@@ -1,0 +1,313 @@
+"""The scheduler, the tree and the pool under every order of events, beside a model of what KV pages contain.
+
+The model writes into a page what attention would read there: for each slot, the namespace and all ids up to
+it. A free page holds garbage. If a step ever reads a page that was freed, reused, shared too early or copied
+wrongly, the contents differ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import pytest
+from agentkit.runtime.errors import CapacityError
+from agentkit.runtime.pages import Owner, PagePool
+from agentkit.runtime.plan import Scheduler
+from agentkit.runtime.radix import Node, PrefixTree
+from agentkit.runtime.sequence import Plan, Sequence, State
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
+
+tokens = st.sampled_from([0, 0, 1, 2])  # so few that prefixes collide all the time
+prompts = st.lists(tokens, min_size=1, max_size=14)
+picks = st.integers(0, 7)
+namespaces = st.sampled_from(["", "adapter"])
+
+
+@dataclass(frozen=True)
+class Write:
+    """What the device was told at launch: it keeps these even if the scheduler changes its mind."""
+
+    rid: int
+    namespace: str
+    ids: list[int]
+    pages: list[int]
+    start: int
+
+
+class Recording(Scheduler):
+    """Remembers who was ever preempted, by the caller or for want of pages."""
+
+    preempted: set[int]
+
+    def preempt(self, rid: int) -> None:
+        self.preempted.add(rid)
+        super().preempt(rid)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        total=st.one_of(st.integers(3, 10), st.integers(3, 24)),
+        page_size=st.integers(2, 4),
+        max_running=st.integers(1, 5),
+        extra=st.integers(0, 12),
+    )
+    def build(self, total: int, page_size: int, max_running: int, extra: int) -> None:
+        self.page_size, self.max_context = page_size, 40
+        self.pool = PagePool(total)
+        self.tree = PrefixTree(self.pool, page_size)
+        budget = max_running + extra
+        self.scheduler = Recording(self.pool, self.tree, page_size, budget, max_running, self.max_context)
+        self.scheduler.preempted = set()
+        self.kv: dict[int, dict[int, Slot]] = defaultdict(dict)
+        self.live: dict[int, Sequence] = {}
+        self.past: list[tuple[str, list[int]]] = [("", [0])]
+        self.pins: list[Node] = []
+        self.plan: Plan | None = None
+        self.writes: list[Write] = []
+        self.reached: dict[int, int] = {}  # rid -> where its next entry must start
+        self.computed: dict[int, Counter[int]] = defaultdict(Counter)
+        self.next_rid = 0
+
+    # --- events
+
+    @rule(ids=prompts, namespace=namespaces)
+    def submit(self, ids: list[int], namespace: str) -> None:
+        self._add(lambda rid: self.scheduler.submit(rid, ids, namespace), ids)
+
+    @rule(pick=picks, keep=st.integers(1, 40), more=prompts)
+    def submit_next_turn(self, pick: int, keep: int, more: list[int]) -> None:
+        namespace, before = self.past[pick % len(self.past)]
+        ids = before[:keep] + more
+        self._add(lambda rid: self.scheduler.submit(rid, ids, namespace), ids)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=picks, keep=st.integers(1, 40), more=st.lists(tokens, max_size=4), whole=st.booleans())
+    def fork(self, pick: int, keep: int, more: list[int], whole: bool) -> None:
+        parent = self._pick(pick)
+        ids = None if whole else parent.ids[:keep] + more
+        self._add(lambda rid: self.scheduler.fork(parent.rid, rid, ids), ids or parent.ids)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=picks, ids=st.lists(tokens, min_size=1, max_size=6))
+    def append(self, pick: int, ids: list[int]) -> None:
+        seq = self._pick(pick)
+        before = list(seq.ids)
+        if len(before) + len(ids) > self.max_context:
+            with pytest.raises(CapacityError):
+                self.scheduler.append(seq.rid, ids)
+            ids = []
+        else:
+            self.scheduler.append(seq.rid, ids)
+        assert seq.ids == before + ids
+
+    @precondition(lambda self: self.live)
+    @rule(pick=picks, how=st.sampled_from(["finish", "abort", "preempt"]))
+    def leave(self, pick: int, how: str) -> None:
+        seq = self._pick(pick)
+        if how == "preempt":
+            self.scheduler.preempt(seq.rid)
+            return
+        if how == "abort":
+            self.scheduler.abort(seq.rid)
+        self._end(seq)  # finish after abort must change nothing
+
+    @precondition(lambda self: len(self.pins) < 2)
+    @rule(pick=picks)
+    def pin(self, pick: int) -> None:
+        namespace, ids = self.past[pick % len(self.past)]
+        match = self.tree.match(namespace, ids, len(ids))
+        self.tree.lock(match.node)
+        self.pins.append(match.node)
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def unpin(self) -> None:
+        self.tree.unlock(self.pins.pop())
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def start_step(self) -> None:
+        self._start_step()
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def end_step(self) -> None:
+        self._end_step()
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def fail_step(self) -> None:
+        """The forward pass raises half-way: copies and slots of the step hold anything."""
+        assert self.plan is not None
+        for copy in self.plan.copies:
+            self.kv[copy.dst_page] = dict.fromkeys(range(self.page_size), ("garbage", ()))
+        for write in self.writes:
+            for at in range(write.start, len(write.ids)):
+                self.kv[write.pages[at // self.page_size]][at % self.page_size] = ("garbage", ())
+        self.scheduler.cancel(self.plan)
+        for entry in self.plan.entries:
+            assert entry.seq.state is State.FINISHED
+            self.live.pop(entry.seq.rid, None)
+        self.plan = None
+
+    @precondition(lambda self: self.plan is None)
+    @rule(steps=st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=6))
+    def run(self, steps: list[list[int]]) -> None:
+        """Whole steps, whose samples (and forced ids) are appended as an engine does."""
+        for ids in steps:
+            plan = self._start_step()
+            self._end_step()
+            for entry in plan.entries:
+                fits = len(entry.seq.ids) + len(ids) <= self.max_context
+                if entry.sample and fits and entry.seq.state is not State.FINISHED:
+                    self.scheduler.append(entry.seq.rid, ids)
+
+    # --- what must hold
+
+    @invariant()
+    def accounts_are_exact(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.scheduler.check(self.pins)
+        for page in range(self.pool.total):
+            if self.pool.owner(page) == Owner.FREE:
+                self.kv[page] = {}
+        for node in self.tree.nodes():
+            self._check_node(node)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        if self.plan is not None:
+            self._end_step()
+        while self.pins:
+            self.unpin()
+        self._drain()
+        self.accounts_are_exact()
+        assert self.pool.private == 0
+        self.tree.evict(self.pool.total)
+        assert self.pool.free == self.pool.total
+        assert not list(self.tree.nodes())
+
+    def _drain(self) -> None:
+        """Everybody gets to the end of their ids: no request is stuck."""
+        for _ in range(40 * (len(self.live) + 1) * 2):
+            for seq in [seq for seq in self.live.values() if seq.awaiting]:
+                self._end(seq)
+            if not self.live:
+                return
+            assert self.scheduler.busy
+            plan = self._start_step()
+            assert plan.entries or plan.failed
+            self._end_step()
+        raise AssertionError(f"requests never end: {self.scheduler.dump()}")
+
+    def _start_step(self) -> Plan:
+        before = self.scheduler.stats()
+        plan = self.plan = self.scheduler.plan()
+        assert sum(entry.n for entry in plan.entries) <= self.scheduler.token_budget
+        assert len(plan.entries) <= self.scheduler.max_running
+        assert len({entry.seq.rid for entry in plan.entries}) == len(plan.entries)
+        for rid, error in plan.failed:
+            self._check_failure(self.live.pop(rid), error)
+        for seq in self.live.values():  # no prefill starves a decoding sequence
+            if seq.state is State.RUNNING and not seq.in_flight:
+                assert seq.awaiting or seq.computed + 1 < seq.goal
+        self.writes = [
+            Write(e.seq.rid, e.seq.namespace, e.seq.ids[: e.start + e.n], list(e.seq.pages), e.start)
+            for e in plan.entries
+        ]
+        for entry in plan.entries:
+            assert entry.n >= 1
+            assert not entry.seq.awaiting  # or its next id would be sampled twice
+            assert entry.sample == (entry.start + entry.n == len(entry.seq.ids))
+            self._check_start(entry.seq, entry.start)
+        assert before.waiting + before.running >= len(plan.entries)
+        return plan
+
+    def _end_step(self) -> None:
+        assert self.plan is not None
+        for copy in self.plan.copies:
+            assert self.pool.owner(copy.dst_page) == Owner.PRIVATE
+            assert 0 < copy.n_tokens < self.page_size
+            for slot in range(copy.n_tokens):
+                self.kv[copy.dst_page][slot] = self.kv[copy.src_page][slot]
+        for write in self.writes:
+            for at in range(write.start, len(write.ids)):
+                page, slot = write.pages[at // self.page_size], at % self.page_size
+                assert self.pool.owner(page) == Owner.PRIVATE
+                self.kv[page][slot] = (write.namespace, tuple(write.ids[: at + 1]))
+                self.computed[write.rid][at] += 1
+        for write in self.writes:  # after all writes: attention reads the whole prefix
+            for at in range(len(write.ids)):
+                page, slot = write.pages[at // self.page_size], at % self.page_size
+                assert self.kv[page].get(slot) == (write.namespace, tuple(write.ids[: at + 1]))
+        self.scheduler.complete(self.plan)
+        for entry in self.plan.entries:
+            self._check_counters(entry.seq)
+        self.plan = None
+
+    def _check_start(self, seq: Sequence, start: int) -> None:
+        if seq.rid not in self.scheduler.preempted:
+            assert start == self.reached.get(seq.rid, seq.cached)
+        self.reached[seq.rid] = start + seq.in_flight
+
+    def _check_counters(self, seq: Sequence) -> None:
+        counts = self.computed[seq.rid]
+        if seq.rid not in self.scheduler.preempted:
+            assert seq.recomputed == 0
+            assert set(counts.values()) == {1}
+            assert set(counts) == set(range(seq.cached, seq.cached + len(counts)))
+        assert seq.cached + counts.total() - seq.recomputed == seq.reached
+        assert seq.prefilled <= seq.prompt
+
+    def _check_failure(self, seq: Sequence, error: CapacityError) -> None:
+        pinned = {node.page for pin in self.pins for node in pin.path()}
+        pages = -(-len(seq.ids) // self.page_size)
+        assert pages > self.pool.total - len(pinned)
+        assert str(seq.rid) in str(error)
+
+    def _check_node(self, node: Node) -> None:
+        """What the tree offers to others has been computed, and is what it says."""
+        if node.parent is None:
+            return
+        path = node.path()
+        ids = tuple(token for part in path for token in part.ids)
+        start = len(ids) - len(node.ids)
+        for slot in range(len(node.ids)):
+            assert self.kv[node.page].get(slot) == (node.namespace, ids[: start + slot + 1])
+
+    def _add(self, act, ids: list[int]) -> None:
+        self.next_rid += 1
+        need = -(-(len(ids) + 1) // self.page_size)
+        if len(ids) + 1 > self.max_context or need > self.pool.total:
+            with pytest.raises(CapacityError):
+                act(self.next_rid)
+        else:
+            self.live[self.next_rid] = act(self.next_rid)
+
+    def _end(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq.rid)
+        del self.live[seq.rid]
+        self.past = [*self.past[-7:], (seq.namespace, list(seq.ids))]
+
+    def _pick(self, pick: int) -> Sequence:
+        return list(self.live.values())[pick % len(self.live)]
+
+
+class FullSchedulerMachine(SchedulerMachine):
+    """The same, in full size."""
+
+
+_common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, **_common)
+
+TestSchedulerFull = pytest.mark.slow(FullSchedulerMachine.TestCase)
+TestSchedulerFull.settings = settings(max_examples=800, stateful_step_count=80, **_common)
