@@ -77,9 +77,7 @@ def paged_attention(query: Tensor, keys: Tensor, values: Tensor, work: Sequence[
     if query.device.type != "cpu":
         return paged_attention_reference(query, keys, values, work, scale)
     parts = [
-        (_decode if item.rows == 1 else _prefill)(
-            query.narrow(0, item.start, item.rows), keys, values, item, scale
-        )
+        (_decode if item.rows == 1 else _prefill)(query.narrow(0, item.start, item.rows), keys, values, item, scale)
         for item in work
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -116,9 +114,7 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Work, scale: float) 
     def heads(x: Tensor) -> Tensor:  # one kv head serves its group through a stride of zero
         return x.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
-    parts = [
-        _flash(grouped, heads(keys[a : a + n]), heads(values[a : a + n]), scale, causal=False) for a, n in past
-    ]
+    parts = [_flash(grouped, heads(keys[a : a + n]), heads(values[a : a + n]), scale, causal=False) for a, n in past]
     if len(own) == 1:
         a, n = own[0]
         mine = keys[a : a + n], values[a : a + n]
@@ -128,9 +124,7 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Work, scale: float) 
     return merge(parts).permute(2, 0, 1, 3).reshape(q.shape)
 
 
-def _split(
-    runs: Sequence[tuple[int, int]], at: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _split(runs: Sequence[tuple[int, int]], at: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Cut a list of runs after ``at`` tokens."""
     before: list[tuple[int, int]] = []
     after: list[tuple[int, int]] = []

@@ -195,8 +195,7 @@ def _missing(key: str, kind: str, value: object) -> ModelError:
 
 def _unsupported(what: str) -> ModelError:
     return ModelError(
-        f"This model has {what}, which agentkit does not run. "
-        "Use a dense Qwen3, Qwen2/2.5 or Llama checkpoint."
+        f"This model has {what}, which agentkit does not run. Use a dense Qwen3, Qwen2/2.5 or Llama checkpoint."
     )
 
 

@@ -98,9 +98,7 @@ class GgufCheckpoint:
         self._names = require_tensors(str(path), self.config, shapes)
         for name in self._names:
             _require_type(path, name, self._stored[name])
-        self.digest: str = identity(
-            self.config, {name: (self._stored[name], self._file) for name in self._names}
-        )
+        self.digest: str = identity(self.config, {name: (self._stored[name], self._file) for name in self._names})
 
     def vocabulary(self) -> Vocabulary:
         return _vocabulary(self._path, self._metadata)
@@ -280,17 +278,13 @@ def _config(path: Path, metadata: Mapping[str, object], tensors: Mapping[str, St
     family, own = _FAMILIES[arch], {k.removeprefix(arch + "."): v for k, v in metadata.items()}
     for key in ("attention.sliding_window", "expert_count", "attention.scale", "attention.clamp_kqv"):
         if own.get(key):
-            raise ModelError(
-                f"{path} sets {arch}.{key}, which agentkit does not run. Use a plain dense model."
-            )
+            raise ModelError(f"{path} sets {arch}.{key}, which agentkit does not run. Use a plain dense model.")
     hidden, heads = integer(own, "embedding_length"), integer(own, "attention.head_count")
     key_length = "attention.key_length"
     head_dim = integer(own, key_length) if key_length in own else even_share(hidden, heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, head_dim) != head_dim:
-            raise ModelError(
-                f"{path}: {arch}.{key} is {own[key]}, but agentkit needs the head size, {head_dim}."
-            )
+            raise ModelError(f"{path}: {arch}.{key} is {own[key]}, but agentkit needs the head size, {head_dim}.")
     return ModelConfig(
         family=family,
         vocab_size=tensors["model.embed_tokens.weight"].shape[0],

@@ -202,9 +202,7 @@ def identity(config: ModelConfig, tensors: Mapping[str, tuple[Stored, mmap.mmap]
     return digest.hexdigest()
 
 
-def require_tensors(
-    source: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Collection[str]:
+def require_tensors(source: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
     """Compare the tensors a checkpoint has with those its configuration needs, and return the names of these.
 
     Raises:

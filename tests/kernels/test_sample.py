@@ -7,9 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from agentkit.kernels.sample import (
     Filter,
     apply_mask_,
@@ -20,6 +17,8 @@ from agentkit.kernels.sample import (
     log_probabilities,
     penalize_,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 filters = st.builds(
     Filter,

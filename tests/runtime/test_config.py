@@ -65,9 +65,7 @@ def test_the_published_configuration_of_qwen3_4b() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("cls", "family"), [(Qwen3Config, "qwen3"), (Qwen2Config, "qwen2"), (LlamaConfig, "llama")]
-)
+@pytest.mark.parametrize(("cls", "family"), [(Qwen3Config, "qwen3"), (Qwen2Config, "qwen2"), (LlamaConfig, "llama")])
 def test_what_transformers_5_writes(cls: type[Qwen3Config], family: str, tmp_path: Path) -> None:
     written = cls(
         vocab_size=320,
@@ -153,9 +151,7 @@ def test_what_cannot_run_is_refused(change: dict[str, object], says: str) -> Non
 
 def test_qwen2_has_its_biases_whatever_attention_bias_says() -> None:
     for flag in (True, False):
-        config = ModelConfig.from_json(
-            {**QWEN3_4B, "architectures": ["Qwen2ForCausalLM"], "attention_bias": flag}
-        )
+        config = ModelConfig.from_json({**QWEN3_4B, "architectures": ["Qwen2ForCausalLM"], "attention_bias": flag})
         assert config.qkv_bias
         assert not config.qk_norm
 

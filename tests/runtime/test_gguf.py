@@ -302,9 +302,7 @@ def test_the_tokenizer_of_qwen3_survives_the_way_through_gguf(tmp_path: Path) ->
         assert theirs.encode(text) == ours.encode(text)
 
 
-def tokenizer_file(
-    folder: Path, tokens: list[str], types: list[int], merges: list[str], pre: str, eos: int
-) -> Path:
+def tokenizer_file(folder: Path, tokens: list[str], types: list[int], merges: list[str], pre: str, eos: int) -> Path:
     """A GGUF file of one small layer around a vocabulary."""
     writer = gguf.GGUFWriter(folder / "vocab.gguf", "qwen2")
     add_tokenizer(writer, tokens, types, merges, pre, eos)
@@ -361,9 +359,7 @@ def test_digits_are_grouped_as_each_family_was_trained(tmp_path: Path, pre: str,
         ({"eos": 10**6}, "end a turn|end ids"),
     ],
 )
-def test_vocabularies_that_cannot_be_right_are_refused(
-    tmp_path: Path, change: dict[str, Any], says: str
-) -> None:
+def test_vocabularies_that_cannot_be_right_are_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     given_values = {"tokens": TOKENS, "types": TYPES, "merges": ["a b"], "pre": "gpt-2", "eos": 256}
     with pytest.raises(ModelError, match=says):
         open_checkpoint(tokenizer_file(tmp_path, **{**given_values, **change})).vocabulary()
@@ -494,9 +490,7 @@ def patch_tensor(field: int, value: int) -> Callable[[bytes], bytes]:
         (lambda data: data.replace(b"general.architecture", b"qwen3.context_length"), "twice"),
     ],
 )
-def test_a_lying_file_is_refused(
-    original: bytes, tmp_path: Path, lie: Callable[[bytes], bytes], says: str
-) -> None:
+def test_a_lying_file_is_refused(original: bytes, tmp_path: Path, lie: Callable[[bytes], bytes], says: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(lie(original))
     with pytest.raises(ModelError, match=says):

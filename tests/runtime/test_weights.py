@@ -217,9 +217,7 @@ def test_a_weight_type_that_cannot_be_run_is_refused(folder: Path) -> None:
         ({"vocab_size": 80}, "has the shape"),
     ],
 )
-def test_weights_and_configuration_must_belong_together(
-    folder: Path, change: dict[str, Any], says: str
-) -> None:
+def test_weights_and_configuration_must_belong_together(folder: Path, change: dict[str, Any], says: str) -> None:
     edit_config(folder, **change)
     with pytest.raises(ModelError, match=says):
         open_checkpoint(folder)

@@ -1,0 +1,364 @@
+"""The engine: one thread that plans, runs and samples steps, behind an asynchronous face of token ids."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from agentkit.kernels.sample import apply_mask_
+from agentkit.runtime.errors import AgentError, CapacityError, EngineError
+from agentkit.runtime.generation import Generation
+from agentkit.runtime.grammar import GrammarCompiler
+from agentkit.runtime.live import Live
+from agentkit.runtime.pages import PagePool
+from agentkit.runtime.plan import Scheduler
+from agentkit.runtime.radix import PrefixTree
+from agentkit.runtime.request import Request
+from agentkit.runtime.runner import Runner
+from agentkit.runtime.sequence import Plan
+from agentkit.runtime.vocab import Vocabulary
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of an engine.
+
+    Attributes:
+        context: most tokens in one sequence.
+        pages: pages in the KV pool.
+        page_size: tokens in a page.
+        step_tokens: most tokens computed in one step; longer prompts are prefilled in chunks of it.
+        running: most sequences in one step.
+    """
+
+    context: int
+    pages: int
+    page_size: int = 16
+    step_tokens: int = 512
+    running: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A look at the engine between two steps.
+
+    Attributes:
+        running: sequences that hold pages.
+        waiting: sequences that do not yet, or no longer.
+        pages_free: pages nobody holds.
+        pages_cached: pages in the prefix tree.
+        pages_private: pages of running sequences.
+        steps: steps run so far.
+        computed: tokens sent through the model so far.
+    """
+
+    running: int
+    waiting: int
+    pages_free: int
+    pages_cached: int
+    pages_private: int
+    steps: int
+    computed: int
+
+
+class Engine:
+    """Token ids in, token ids out, many requests at once.
+
+    Args:
+        runner: executes steps.
+        vocab: the tokens of the model.
+        sizes: the pool must be the one the runner holds.
+        name: of the model, for messages.
+    """
+
+    def __init__(self, runner: Runner, vocab: Vocabulary, sizes: Sizes, name: str = "model") -> None:
+        self.vocab, self.sizes, self.name = vocab, sizes, name
+        self.compiler = GrammarCompiler(vocab, runner.vocab_size)
+        self.runner = runner
+        self._pool = PagePool(sizes.pages)
+        self._tree = PrefixTree(self._pool, sizes.page_size)
+        self._scheduler = Scheduler(
+            self._pool, self._tree, sizes.page_size, sizes.step_tokens, sizes.running, sizes.context
+        )
+        self._static = self._static_mask(runner.vocab_size)
+        self._live: dict[int, Live] = {}
+        self._rids = itertools.count(1)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._steps = self._computed = 0
+        self._masks = ThreadPoolExecutor(1, "agentkit-masks")
+        self._thread = threading.Thread(target=self._loop, name="agentkit-engine", daemon=True)
+        self._thread.start()
+
+    def _static_mask(self, vocab_size: int) -> Tensor:
+        """Ids that free text may use: no padded id, no control token but those that end the text."""
+        allowed = np.zeros(vocab_size, dtype=bool)
+        allowed[: self.vocab.size] = True
+        allowed[list(self.vocab.control.values())] = False
+        allowed[list(self.vocab.end_ids)] = True
+        padded = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
+        padded[:vocab_size] = allowed
+        return torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))
+
+    # The caller's side: any thread, any event loop.
+
+    def generate(self, request: Request) -> Generation:
+        """Make a generation; it starts when its ``async with`` block is entered.
+
+        Raises:
+            CapacityError: the prompt can never fit.
+        """
+        longest = min(self.sizes.context, self.sizes.pages * self.sizes.page_size)
+        if len(request.ids) + 1 > longest:
+            what = "the context" if longest == self.sizes.context else "the page pool"
+            raise CapacityError(
+                f"the prompt has {len(request.ids)} tokens; {what} of {self.name} holds {longest}, one of them for the "
+                "answer. Shorten the prompt, or load the model with a larger `context` or `kv_bytes`."
+            )
+        bad = next((t for t in request.ids if not 0 <= t < self.runner.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"ids holds {bad}, which is no token of {self.name} (0 to {self.runner.vocab_size - 1})")
+        return Generation(self, next(self._rids), request)
+
+    def start(self, generation: Generation) -> None:
+        """Submit a generation; called by its ``async with``."""
+        request = generation.request
+        grammar = self.compiler.submit(request.grammar) if request.grammar is not None else None
+        if grammar is not None:
+            grammar.add_done_callback(lambda _: self._command(lambda: None))
+
+        def submit() -> None:
+            try:
+                sequence = self._scheduler.submit(generation.rid, request.ids, request.namespace)
+            except AgentError as error:
+                generation.push(error)
+                return
+            room = self.sizes.context - len(request.ids)
+            self._live[generation.rid] = Live(generation, sequence, self.vocab, grammar, room)
+
+        self._command(submit)
+
+    def abort(self, rid: int) -> None:
+        """End a request and release its pages; one that is unknown or has ended is ignored."""
+        with contextlib.suppress(EngineError):  # a closed engine has released everything
+            self._command(lambda: self._drop(rid))
+
+    def fork(self, generation: Generation, *, seed: int | None = None) -> Generation:
+        """A second continuation of a running generation from where it stands, sharing every full page.
+
+        Args:
+            generation: the parent; it must have been started.
+            seed: of the child, the parent's by default.
+
+        Returns:
+            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt.
+        """
+        sampling = generation.request.sampling
+        if seed is not None:
+            sampling = replace(sampling, seed=seed)
+
+        def split() -> Generation:
+            parent = self._live.get(generation.rid)
+            if parent is None:
+                raise EngineError("the generation has ended: continue it with a new request")
+            child = parent.fork(self, next(self._rids), sampling)
+            child.sequence = self._scheduler.fork(generation.rid, child.generation.rid)
+            self._live[child.generation.rid] = child
+            child.generation.started = True
+            return child.generation
+
+        return self._ask(split)
+
+    def hasten(self, generation: Generation) -> None:
+        """Bring a generation to its end: constrained output by its shortest completion, text where it stands."""
+
+        def run() -> None:
+            live = self._live.get(generation.rid)
+            if live is not None:
+                live.hastened = True
+
+        with contextlib.suppress(EngineError):  # a closed engine has ended it already
+            self._command(run)
+
+    def preempt(self, rid: int) -> None:
+        """Take a running request's pages back; it continues later and loses nothing it has emitted."""
+        self._command(lambda: self._scheduler.preempt(rid) if rid in self._live else None)
+
+    def stats(self) -> Stats:
+        """Read by the engine's thread between two steps."""
+        return self._ask(self._stats)
+
+    def check(self) -> None:
+        """Assert every invariant of pages, tree and plan (design §3.6); for tests."""
+        self._ask(self._scheduler.check)
+
+    def close(self) -> None:
+        """Abort everything and stop the threads."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+        self._masks.shutdown()
+        self.compiler.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Run something on the engine's thread and wait for its result."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(question())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._command(run)
+        return answer.result()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closed or not self._thread.is_alive():
+                raise EngineError(f"the engine of {self.name} is closed: make a new one")
+            self._commands.append(command)
+            self._wake.notify()
+
+    # The engine's thread.
+
+    @torch.inference_mode()
+    def _loop(self) -> None:
+        try:
+            while self._wait():
+                while self._commands:
+                    self._commands.popleft()()
+                self._step()
+            self._end(EngineError(f"the engine of {self.name} was closed while this ran"))
+        except BaseException as cause:
+            self._end(EngineError(f"the engine of {self.name} has died, make a new one: {cause!r}"), cause)
+            raise
+
+    def _end(self, error: EngineError, cause: BaseException | None = None) -> None:
+        """Tell every caller that nothing more will come."""
+        error.__cause__ = cause
+        with self._wake:
+            self._closed = True
+        while self._commands:  # submitted too late to run: their callers must hear of it as well
+            self._commands.popleft()()
+        for live in list(self._live.values()):
+            live.generation.push(error)
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False when the engine closes."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._commands or any(x.runnable for x in self._live.values()))
+            return not self._closed
+
+    def _step(self) -> None:
+        """Plan, run, sample. An error here ends the requests that were in the step, not the engine."""
+        for live in list(self._live.values()):
+            if live.parked is not None and live.ready:
+                self._emit(live, live.parked)
+        if not any(live.parked is None for live in self._live.values()):
+            return
+        plan = self._scheduler.plan()
+        for rid, error in plan.failed:
+            self._live.pop(rid).generation.push(error)
+        if not plan.entries:
+            self._scheduler.complete(plan)
+            return
+        taking = [self._live[e.seq.rid] for e in plan.entries if e.sample]
+        masks = self._masks.submit(self._fill, taking)
+        try:
+            logits = self.runner.step(plan)
+            mask = masks.result()
+        except Exception as error:
+            self._fail(plan, error)
+            return
+        self._scheduler.complete(plan)
+        self._steps += 1
+        self._computed += sum(entry.n for entry in plan.entries)
+        for live, row, bits in zip(taking, logits, mask, strict=True):
+            if live.generation.rid in self._live:
+                self._take(live, row, bits)
+
+    def _fill(self, taking: list[Live]) -> Tensor:
+        """Mask rows of the sequences that will sample, filled while the forward pass runs."""
+        mask = self._static.repeat(len(taking), 1)
+        for live, row in zip(taking, mask, strict=True):
+            try:
+                live.fill(row)
+            except AgentError as error:  # one request's grammar must not end the step of the others
+                live.refused = error
+        return mask
+
+    def _take(self, live: Live, logits: Tensor, mask: Tensor) -> None:
+        """Sample a sequence's next token, or keep its logits until its grammar has been compiled."""
+        if not live.ready:
+            live.parked = logits.clone()
+            return
+        if live.matcher is None and live.grammar is not None:  # compiled while this very step ran
+            self._emit(live, logits)
+            return
+        self._emit(live, logits, mask)
+
+    def _emit(self, live: Live, logits: Tensor, mask: Tensor | None = None) -> None:
+        """Turn logits into ids, hand them to the caller, and end the request where they say so."""
+        live.parked = None
+        if mask is None:
+            mask = self._fill([live])[0]
+        try:
+            if live.refused is not None:
+                raise live.refused
+            raw = logits.clone() if live.generation.request.sampling.logprobs is not None else logits
+            apply_mask_(logits.unsqueeze(0), mask.unsqueeze(0))
+            chunk, finish = live.advance(logits, raw)
+        except AgentError as error:
+            live.generation.push(error)
+            self._drop(live.generation.rid)
+            return
+        except Exception as error:
+            live.generation.push(EngineError(f"sampling failed: {error!r}"))
+            self._drop(live.generation.rid)
+            return
+        self._scheduler.append(live.generation.rid, chunk.ids)
+        if chunk.ids:  # none where the budget ends with an output that is complete as it stands
+            live.generation.push(chunk)
+        if finish is not None:
+            self._live.pop(live.generation.rid)
+            self._scheduler.finish(live.generation.rid)
+            live.generation.push(finish)
+
+    def _fail(self, plan: Plan, cause: Exception) -> None:
+        """The step did not run: nothing of it may be published, and its requests end with the cause."""
+        for entry in plan.entries:
+            live = self._live.pop(entry.seq.rid, None)
+            if live is not None:
+                error = EngineError(f"the model failed on this step: {cause!r}. Other requests go on.")
+                error.__cause__ = cause
+                live.generation.push(error)
+        self._scheduler.cancel(plan)
+
+    def _drop(self, rid: int) -> None:
+        if self._live.pop(rid, None) is not None:
+            self._scheduler.abort(rid)
+
+    def _stats(self) -> Stats:
+        s = self._scheduler.stats()
+        pool = self._pool
+        return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, self._steps, self._computed)

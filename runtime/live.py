@@ -1,0 +1,177 @@
+"""A request inside the engine: its grammar state, its budget, and what its next ids are."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from agentkit.kernels.sample import draw, log_probabilities, penalize_
+from agentkit.runtime.closing import Closer
+from agentkit.runtime.errors import AgentError, CapacityError
+from agentkit.runtime.generation import Generation
+from agentkit.runtime.grammar import Grammar, Matcher
+from agentkit.runtime.request import Chunk, Finish, Sampling, Score, Usage
+from agentkit.runtime.sequence import Sequence
+from agentkit.runtime.text import Detokenizer, StopStrings
+from agentkit.runtime.vocab import Vocabulary
+from torch import Tensor
+
+Reason = Literal["stop", "length"]
+
+if TYPE_CHECKING:
+    from agentkit.runtime.engine import Engine
+
+
+class Live:
+    """State of one running request; touched by the engine's thread alone.
+
+    Args:
+        generation: where ids go.
+        sequence: the planner's view of the same request.
+        vocab: the tokens.
+        grammar: being compiled, or None for free text.
+        room: tokens the context leaves for the output.
+
+    Attributes:
+        parked: logits that wait for the grammar to be compiled.
+        matcher: the grammar's state, once compiled and used.
+        hastened: end as soon as the output can be complete.
+        refused: why the grammar cannot be used; it ends the request at its next token.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        sequence: Sequence,
+        vocab: Vocabulary,
+        grammar: Future[Grammar] | None,
+        room: int,
+    ) -> None:
+        request = generation.request
+        self.generation, self.sequence, self.vocab, self.grammar = generation, sequence, vocab, grammar
+        self.left = room if request.max_tokens is None else min(request.max_tokens, room)
+        self.parked: Tensor | None = None
+        self.hastened = False
+        self.matcher: Matcher | None = None
+        self.refused: AgentError | None = None
+        self._closer: Closer | None = None
+        self._reserve = 0
+        self._decoded = self._forced = 0
+        self._seen: set[int] = set(request.ids) if request.sampling.repetition_penalty != 1 else set()
+        self._stops = StopStrings(request.stop) if request.stop else None
+        self._text = Detokenizer(vocab)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next token can be chosen now."""
+        return self.grammar is None or self.grammar.done()
+
+    @property
+    def runnable(self) -> bool:
+        """Whether a step could move it on."""
+        return self.parked is None or self.ready
+
+    def fork(self, engine: Engine, rid: int, sampling: Sampling) -> Live:
+        """The same state for a child request; the caller gives it its sequence."""
+        request = replace(
+            self.generation.request, ids=tuple(self.sequence.ids), sampling=sampling, max_tokens=max(self.left, 1)
+        )
+        child = Live(Generation(engine, rid, request), self.sequence, self.vocab, self.grammar, self.left)
+        if self.matcher is not None:
+            child.matcher = self.matcher.fork()
+            child._closer = Closer(child.matcher, self._reserve)
+        child._stops = self._stops.fork() if self._stops is not None else None
+        child._text = self._text.fork()
+        child.parked = None if self.parked is None else self.parked.clone()
+        return child
+
+    def fill(self, mask: Tensor) -> None:
+        """Write what may come next into ``mask``, ``[words]`` int32, which holds the free-text mask.
+
+        Raises:
+            SchemaError: the grammar could not be compiled.
+            CapacityError: its shortest document needs more tokens than are left.
+        """
+        if self.grammar is None or not self.grammar.done():
+            return
+        if self.matcher is None:
+            self._begin(self.grammar.result())
+        assert self.matcher is not None
+        self.matcher.fill(mask.numpy())
+
+    def _begin(self, grammar: Grammar) -> None:
+        if grammar.minimum > self.left:
+            raise CapacityError(
+                f"the shortest output of this grammar takes about {grammar.minimum} tokens, {self.left} are left: "
+                "raise max_tokens, or shorten the prompt"
+            )
+        self.matcher, self._reserve = grammar.matcher(), grammar.reserve + 2 * grammar.minimum
+        self._closer = Closer(self.matcher, self._reserve)
+
+    def advance(self, logits: Tensor, raw: Tensor) -> tuple[Chunk, Finish | None]:
+        """Choose the next id, add what the grammar forces, and say whether the output has ended.
+
+        Args:
+            logits: ``[v]`` fp32, masked.
+            raw: ``[v]`` fp32, before the mask; read only where log-probabilities are wanted.
+        """
+        sampling = self.generation.request.sampling
+        if self._seen:
+            penalize_(logits, torch.tensor(sorted(self._seen)), sampling.repetition_penalty)
+        token = draw(logits, sampling.filter, sampling.seed, len(self.sequence.ids))
+        score = None
+        if sampling.logprobs is not None:
+            logprob, top = log_probabilities(raw, token, sampling.logprobs)
+            score = Score(token, logprob, tuple(top))
+        ids, reason = self._follow(token)
+        self._decoded += 1
+        self._forced += len(ids) - 1
+        if sampling.repetition_penalty != 1:
+            self._seen.update(ids)
+        return Chunk(tuple(ids), score), None if reason is None else Finish(reason, self.usage())
+
+    def _follow(self, token: int) -> tuple[list[int], Reason | None]:
+        """The sampled id and those that certainly come after it, cut where the output ends.
+
+        Where the budget leaves no room for the sampled id, the way to a complete output is taken in its place.
+        """
+        closing = self._closing(token)
+        certain, reason = ([token], None) if closing is None else (closing, "length")
+        ids: list[int] = []
+        while certain:
+            for t in certain:
+                if self.matcher is not None and not self.matcher.advance(t):
+                    raise RuntimeError(f"the grammar refuses token {t}, which it allowed or forced itself")
+                ids.append(t)
+                self.left -= 1
+                if self._ends(t):
+                    return ids, reason or "stop"
+            if reason is not None or self.matcher is None:
+                break
+            if self.matcher.finished():
+                return ids, "stop"
+            certain = self.matcher.forced()
+        return ids, reason or ("length" if self.left <= 0 or self.hastened else None)
+
+    def _closing(self, token: int) -> list[int] | None:
+        """None if the token may be taken, else the ids that complete the output without it."""
+        if self.matcher is None:
+            return None
+        if self.hastened:
+            return self.matcher.completion(self.left)
+        assert self._closer is not None
+        return self._closer.admit(token, self.left)
+
+    def _ends(self, token: int) -> bool:
+        if self._stops is not None:
+            text = "".join(piece.text for piece in self._text.feed(token) if piece.control is None)
+            if self._stops.push(text).stop is not None:
+                return True
+        return token in self.vocab.end_ids and not self.generation.request.ignore_end
+
+    def usage(self) -> Usage:
+        """Counts so far."""
+        s = self.sequence
+        return Usage(s.cached, s.prefilled, self._decoded, self._forced, s.recomputed)

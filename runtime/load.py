@@ -1,0 +1,130 @@
+"""From a path to a running engine: device, dtype and the size of the KV pool."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from agentkit.runtime.engine import Engine, Sizes
+from agentkit.runtime.errors import CapacityError, ModelError
+from agentkit.runtime.model import Model
+from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.weights import open_checkpoint
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: Sequences of full length that the pool holds by default, memory permitting.
+_FULL_SEQUENCES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to load a model.
+
+    Attributes:
+        device: ``auto`` takes a CUDA GPU if there is one, else the CPU.
+        dtype: ``auto`` is bfloat16 on a GPU and on a CPU that multiplies it natively, else float32: elsewhere torch
+            emulates bfloat16 and a product takes several times as long.
+        packed: use 4-bit GGUF weights as they are for steps of few rows (CPU); off for exact comparison.
+        context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
+        kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
+            GPU: nine tenths of it).
+        page_size: tokens in a KV page.
+        step_tokens: most tokens in one step.
+        running: most sequences in one step.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    packed: bool = True
+    context: int | None = None
+    kv_bytes: int | None = None
+    page_size: int = 16
+    step_tokens: int = 512
+    running: int = 64
+
+
+def load_engine(path: Path, options: Options | None = None, name: str | None = None) -> Engine:
+    """Open a checkpoint and start an engine on it.
+
+    Args:
+        path: a Hugging Face folder or a GGUF file.
+        options: how.
+        name: for messages; the path by default.
+
+    Raises:
+        ModelError: the checkpoint cannot be read.
+        CapacityError: the KV pool would be smaller than one page, or the context larger than model or pool.
+    """
+    options = options or Options()
+    name = name or str(path)
+    if options.dtype != "auto" and options.dtype not in _DTYPES:
+        raise ModelError(f"dtype {options.dtype!r} is not known; use auto, float32 or bfloat16")
+    device = _device(options.device)
+    dtype = _dtype(device) if options.dtype == "auto" else _DTYPES[options.dtype]
+    checkpoint = open_checkpoint(path)
+    vocab = checkpoint.vocabulary()
+    model = Model(checkpoint, device, dtype, options.packed)
+    config = checkpoint.config
+    token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+    pages = _pages(options, config.max_positions, token_bytes, device)
+    if pages < 1:
+        raise CapacityError(
+            f"kv_bytes leaves no room for one page of {options.page_size} tokens, which takes "
+            f"{token_bytes * options.page_size:,} bytes for {name}: raise it"
+        )
+    limit = min(config.max_positions, pages * options.page_size)
+    if options.context is not None and options.context > limit:
+        raise CapacityError(
+            f"context {options.context} is more than {name} can hold: the model has {config.max_positions} positions "
+            f"and the pool {pages * options.page_size} tokens. Lower it, or raise kv_bytes."
+        )
+    sizes = Sizes(
+        context=options.context or limit,
+        pages=pages,
+        page_size=options.page_size,
+        step_tokens=options.step_tokens,
+        running=options.running,
+    )
+    return Engine(TorchRunner(model, pages, options.page_size), vocab, sizes, name)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} cannot be used here: {error}. Use auto, cpu or cuda.") from error
+    return device
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    return torch.bfloat16 if native else torch.float32
+
+
+def _pages(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:
+    """Pages of the pool."""
+    if options.kv_bytes is not None:
+        return options.kv_bytes // (token_bytes * options.page_size)
+    wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        affordable = int(free * 0.9) // token_bytes
+    else:
+        affordable = _available_memory() // 4 // token_bytes
+    return min(wanted, affordable) // options.page_size
+
+
+def _available_memory() -> int:
+    """Bytes a new allocation can have without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

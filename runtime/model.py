@@ -1,0 +1,194 @@
+"""A decoder-only transformer for Qwen3, Qwen2 / 2.5 and Llama shapes, over a paged KV cache.
+
+What differs between the families (norms on queries and keys, biases, tied embeddings, RoPE scaling) is
+configuration, not classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from agentkit.kernels.attention import Work, paged_attention
+from agentkit.kernels.linear import MAX_ROWS, Int4, int4_linear, pack_int4
+from agentkit.kernels.norm import rms_norm
+from agentkit.kernels.rope import angles, rotate_
+from agentkit.runtime.rope import inverse_frequencies
+from agentkit.runtime.weights import Blocks, Checkpoint
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one step, flattened over sequences.
+
+    Attributes:
+        ids: ``[t]`` int64 token ids.
+        positions: ``[t]`` int64, each token's place in its own sequence.
+        slots: ``[t]`` int64, where each token's key and value are written.
+        work: which rows attend to which slots.
+        sampled: ``[r]`` int64, the rows whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    work: Sequence[Work]
+    sampled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``y = x @ W + b``; a few rows use the packed form of ``W`` where there is one.
+
+    ``weight`` is ``[inputs, outputs]``, the transpose of how checkpoints store it: with 4 to 16 rows torch's CPU
+    product is up to twice as fast that way round (`bench/linear.py`), and no slower with more.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    packed: Int4 | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None and x.shape[0] <= MAX_ROWS:
+            y = int4_linear(x, self.packed)
+            return y if self.bias is None else y + self.bias
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one block."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Model:
+    """The weights on one device and the forward pass over them.
+
+    Args:
+        checkpoint: where configuration and weights come from.
+        device: where to run.
+        dtype: of activations, weights and KV.
+        packed: keep 4-bit GGUF weights as nibbles for steps of few rows, beside the dense form that prefill uses.
+
+    Attributes:
+        config: the shape.
+        kv_shape: ``(2, kv_heads, head_dim)``, what one token stores in one layer.
+        weight_bytes: bytes that one decode step of one row reads.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
+        self.config = checkpoint.config
+        self.device, self.dtype = device, dtype
+        load = _Loader(checkpoint, device, dtype, packed and device.type == "cpu")
+        # Logits are needed in fp32. A GPU product can return fp32 from a bf16 table; torch's CPU product cannot, so
+        # there the table itself is fp32, still one tensor for embedding and head where the model ties them.
+        table = torch.float32 if device.type == "cpu" else dtype
+        self.embedding = load.tensor("model.embed_tokens.weight", table)
+        self.head = self.embedding if self.config.tied else load.tensor("lm_head.weight", table)
+        self.layers = [load.layer(i) for i in range(self.config.layers)]
+        self.norm = load.tensor("model.norm.weight")
+        frequencies, self.rope_scale = inverse_frequencies(self.config)
+        self.frequencies = frequencies.to(device)
+        self.kv_shape = (2, self.config.kv_heads, self.config.head_dim)
+        self.weight_bytes = _bytes(self.head) + sum(
+            _bytes(*(linear.packed.nibbles, linear.packed.scales) if linear.packed else (linear.weight,))
+            for layer in self.layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+
+    def forward(self, batch: Batch, kv: Tensor) -> Tensor:
+        """Write the keys and values of the batch's tokens and return the logits of the sampled rows.
+
+        Call it in inference mode.
+
+        Args:
+            batch: the step's tokens.
+            kv: ``[layers, slots, 2, kv_heads, head_dim]``, written at ``batch.slots``.
+
+        Returns:
+            ``[r, vocab_size]`` fp32.
+        """
+        cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
+        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        x = F.embedding(batch.ids, self.embedding).to(self.dtype)
+        eps = self.config.norm_eps
+        for layer, cache in zip(self.layers, kv, strict=True):
+            x = x + self._attention(layer, rms_norm(x, layer.attention_norm, eps), cos, sin, batch, cache)
+            gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._logits(rms_norm(x[batch.sampled], self.norm, eps))
+
+    def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
+        c = self.config
+        heads = layer.qkv(x).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(heads[:, : c.heads], layer.q_norm, c.norm_eps)
+            k = rms_norm(heads[:, c.heads : c.heads + c.kv_heads], layer.k_norm, c.norm_eps)
+            heads = torch.cat([q, k, heads[:, c.heads + c.kv_heads :]], 1)
+        rotate_(heads[:, : c.heads + c.kv_heads], cos, sin)
+        cache.index_copy_(0, batch.slots, heads[:, c.heads :].view(-1, *self.kv_shape))
+        y = paged_attention(heads[:, : c.heads], cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
+        return layer.out(y.view(x.shape[0], -1))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return F.linear(x.float(), self.head)
+        return torch.mm(x, self.head.T, out_dtype=torch.float32)
+
+
+class _Loader:
+    """Reads the tensors of a checkpoint into the forms the forward pass wants."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
+        self.checkpoint, self.device, self.dtype, self.packed = checkpoint, device, dtype, packed
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        source = self.checkpoint.tensor(name)
+        dense = source.dense(dtype or self.dtype) if isinstance(source, Blocks) else source
+        return dense.to(device=self.device, dtype=dtype or self.dtype)
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        """One product for several matrices of the same input."""
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names]).T.contiguous()
+        b = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
+        return Linear(weight, b, self._int4(names) if self.packed else None)
+
+    def _int4(self, names: Sequence[str]) -> Int4 | None:
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for name in names:
+            source = self.checkpoint.tensor(f"{name}.weight")
+            nibbles = source.nibbles() if isinstance(source, Blocks) else None
+            if nibbles is None:
+                return None
+            parts.append(nibbles)
+        q, scale, minimum = (torch.cat(column) for column in zip(*parts, strict=True))
+        return pack_int4(q, scale, minimum) if q.shape[0] % 16 == 0 else None
+
+    def layer(self, index: int) -> Layer:
+        c, at = self.checkpoint.config, f"model.layers.{index}."
+        attention, mlp = at + "self_attn.", at + "mlp."
+        return Layer(
+            attention_norm=self.tensor(at + "input_layernorm.weight"),
+            qkv=self.linear(*(f"{attention}{x}_proj" for x in "qkv"), bias=c.qkv_bias),
+            q_norm=self.tensor(attention + "q_norm.weight") if c.qk_norm else None,
+            k_norm=self.tensor(attention + "k_norm.weight") if c.qk_norm else None,
+            out=self.linear(attention + "o_proj"),
+            mlp_norm=self.tensor(at + "post_attention_layernorm.weight"),
+            gate_up=self.linear(mlp + "gate_proj", mlp + "up_proj"),
+            down=self.linear(mlp + "down_proj"),
+        )
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

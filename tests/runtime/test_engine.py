@@ -1,0 +1,326 @@
+"""The engine as its caller sees it: streams, cancellation, budgets that close, failures that stay where they happen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from agentkit.runtime.engine import Engine
+from agentkit.runtime.errors import AgentError, CapacityError, EngineError, SchemaError
+from agentkit.runtime.generation import Generation
+from agentkit.runtime.grammar import ChoiceSpec, JsonSpec, LarkSpec, RegexSpec
+from agentkit.runtime.request import Request, Sampling, Usage
+from agentkit.runtime.sequence import Plan
+from tests import tiny
+
+pytestmark = pytest.mark.anyio
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    tiny.write(path, "qwen3")
+    return path
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    with tiny.engine(folder, step_tokens=16, running=8) as made:
+        yield made
+        made.check()
+        assert made.stats().pages_private == 0
+
+
+async def run(engine: Engine, prompt: str = "hello", **fields: Any) -> Generation:
+    async with engine.generate(Request(engine.vocab.encode(prompt), **fields)) as generation:
+        async for _ in generation:
+            pass
+    assert generation.finish is not None
+    return generation
+
+
+def text(engine: Engine, generation: Generation) -> str:
+    return engine.vocab.decode(t for t in generation.ids if t not in engine.vocab.end_ids)
+
+
+async def test_cancelled_in_prefill_and_in_decode_gives_its_pages_back(engine: Engine) -> None:
+    async with engine.generate(Request(list(range(200)), max_tokens=100)):
+        await anyio.sleep(0.005)  # some chunks of the prompt
+    assert engine.stats().running == engine.stats().waiting == 0
+    async with engine.generate(Request(list(range(60)), max_tokens=100, ignore_end=True)) as generation:
+        async for _ in generation:
+            if len(generation.ids) == 3:
+                break
+    assert engine.stats().pages_private == 0
+    with anyio.move_on_after(0.05):
+        async with engine.generate(Request(list(range(40)), max_tokens=400, ignore_end=True)) as generation:
+            async for _ in generation:
+                pass
+    assert engine.stats().running == 0
+    assert len((await run(engine, max_tokens=5, ignore_end=True)).ids) == 5
+
+
+async def test_ends_at_every_end_token(engine: Engine) -> None:
+    ends = sorted(engine.vocab.end_ids)
+    assert len(ends) == 2
+    seen: set[int] = set()
+    for seed in range(24):
+        generation = await run(engine, sampling=Sampling(temperature=3.0, seed=seed), max_tokens=200)
+        assert generation.finish is not None
+        if generation.finish.reason == "stop":
+            assert generation.ids[-1] in ends
+            seen.add(generation.ids[-1])
+        assert not set(generation.ids[:-1]) & set(ends)
+        assert not set(generation.ids) & (set(engine.vocab.control.values()) - set(ends))
+        assert max(generation.ids) < engine.vocab.size  # never an id that only pads the table
+    assert seen == set(ends)
+
+
+async def test_stop_text_ends_the_output(engine: Engine) -> None:
+    whole = text(engine, await run(engine, max_tokens=60, ignore_end=True))
+    stop = whole[20:23]
+    generation = await run(engine, max_tokens=60, ignore_end=True, stop=(stop, "never there"))
+    assert generation.finish is not None
+    assert generation.finish.reason == "stop"
+    assert text(engine, generation) == whole[: whole.index(stop) + len(stop)]
+
+
+async def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
+    scores: list[Any] = []
+    ids = engine.vocab.encode("abc")
+    request = Request(ids, max_tokens=6, sampling=Sampling(logprobs=3), ignore_end=True)
+    async with engine.generate(request) as generation:
+        async for chunk in generation:
+            scores.append(chunk.score)
+    assert [s.token for s in scores] == generation.ids
+    for score in scores:
+        assert len(score.top) == 3
+        assert score.top[0][1] >= score.logprob <= 0
+        assert sorted(score.top, key=lambda pair: -pair[1]) == list(score.top)
+
+
+async def test_usage_counts_every_token_once(engine: Engine) -> None:
+    ids = list(range(50))
+    async with engine.generate(Request(ids, max_tokens=7, ignore_end=True)) as generation:
+        async for _ in generation:
+            pass
+    assert generation.finish is not None
+    assert generation.finish.usage == Usage(cached=0, prefilled=50, decoded=7, forced=0)
+    computed = engine.stats().computed
+    again = [*ids, *generation.ids, 1, 2, 3]
+    async with engine.generate(Request(again, max_tokens=1)) as second:
+        async for _ in second:
+            pass
+    assert second.finish is not None
+    assert second.finish.usage == Usage(cached=56, prefilled=4, decoded=1, forced=0)
+    assert engine.stats().computed == computed + 4
+
+
+async def test_branches_over_one_new_prefix_prefill_it_once(engine: Engine) -> None:
+    prefix = list(range(40, 140))
+    before = engine.stats().computed
+    async with anyio.create_task_group() as group:
+        for branch in range(4):
+            request = Request([*prefix, branch], max_tokens=1)
+
+            async def one(request: Request = request) -> None:
+                async with engine.generate(request) as generation:
+                    async for _ in generation:
+                        pass
+
+            group.start_soon(one)
+    assert engine.stats().computed - before <= 101 + 3 * 5  # the others: their own token and a part of a page
+
+
+async def test_namespaces_never_share(engine: Engine) -> None:
+    ids = list(range(60))
+    for namespace, cached in (("a", 0), ("b", 0), ("a", 59)):
+        async with engine.generate(Request(ids, max_tokens=1, namespace=namespace)) as generation:
+            async for _ in generation:
+                pass
+        assert generation.finish is not None
+        assert generation.finish.usage.cached == cached
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_a_document_is_complete_whatever_the_budget(engine: Engine, temperature: float) -> None:
+    spec = JsonSpec(json.dumps(PERSON))
+    shortest = engine.compiler.submit(spec).result().minimum
+    for budget in [*range(shortest, shortest + 40), 200]:
+        sampling = Sampling(temperature=temperature, seed=budget)
+        generation = await run(engine, grammar=spec, max_tokens=budget, sampling=sampling)
+        assert len(generation.ids) <= budget
+        document = json.loads(text(engine, generation))
+        assert list(document) == ["name", "age", "tags"]
+        assert 0 <= document["age"] <= 150
+
+
+async def test_forced_tokens_cost_no_decision(engine: Engine) -> None:
+    generation = await run(engine, grammar=JsonSpec('{"const": {"always": ["the", "same"]}}', "call"))
+    usage = generation.finish.usage  # pyright: ignore
+    assert json.loads(text(engine, generation)) == {"always": ["the", "same"]}
+    assert usage.decoded == 1
+    assert usage.forced == len(generation.ids) - 1
+
+
+async def test_regex_choice_and_lark(engine: Engine) -> None:
+    import re
+
+    for seed in range(5):
+        sampling = Sampling(temperature=2.0, seed=seed)
+        got = text(engine, await run(engine, grammar=RegexSpec(r"[0-9]{4}(-[0-9]{2})?"), sampling=sampling))
+        assert re.fullmatch(r"[0-9]{4}(-[0-9]{2})?", got)
+        options = ("yes", "yes please", "no")
+        assert text(engine, await run(engine, grammar=ChoiceSpec(options), sampling=sampling)) in options
+        lark = LarkSpec('start: "a"+ "b"')
+        assert re.fullmatch("a+b", text(engine, await run(engine, grammar=lark, sampling=sampling, max_tokens=30)))
+
+
+async def test_hastened_output_is_complete(engine: Engine) -> None:
+    request = Request(engine.vocab.encode("x"), grammar=JsonSpec(json.dumps(PERSON)), max_tokens=400)
+    async with engine.generate(request) as generation:
+        async for _ in generation:
+            if len(generation.ids) == 12:
+                engine.hasten(generation)
+    assert generation.finish is not None
+    assert generation.finish.reason == "length"
+    json.loads(text(engine, generation))
+    assert len(generation.ids) < 60
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ("{not json", "not JSON"),
+        ('{"type": "strin"}', "not valid"),
+        ('{"enum": []}', ""),
+        ('{"type": "integer", "minimum": 5, "maximum": 3}', ""),
+        ('{"$ref": "http://example.com/x.json"}', "another document"),
+        ('{"not": {"type": "string"}}', ""),
+        ("false", "nothing satisfies"),
+    ],
+)
+async def test_a_schema_that_cannot_be_is_refused_and_the_next_request_works(
+    engine: Engine, schema: str, named: str
+) -> None:
+    with pytest.raises(SchemaError, match=named):
+        await run(engine, grammar=JsonSpec(schema))
+    assert len((await run(engine, max_tokens=3, ignore_end=True)).ids) == 3
+
+
+async def test_what_can_never_fit_is_refused_at_the_door(engine: Engine) -> None:
+    with pytest.raises(CapacityError, match="600 tokens"):
+        engine.generate(Request([1] * 600))
+    with pytest.raises(CapacityError, match="shortest output"):
+        await run(engine, grammar=JsonSpec(json.dumps(PERSON)), max_tokens=5)
+    with pytest.raises(CapacityError, match="max_tokens"):
+        Request([1], max_tokens=0)
+    with pytest.raises(ValueError, match="empty"):
+        Request([])
+    with pytest.raises(ValueError, match="no token of"):
+        engine.generate(Request([1, 9999]))
+    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"temperature": float("nan")}, {"min_p": 2.0}):
+        with pytest.raises(ValueError, match="must lie between"):
+            Sampling(**bad)
+    assert len((await run(engine, max_tokens=3, ignore_end=True)).ids) == 3
+
+
+async def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(folder: Path) -> None:
+    with tiny.engine(folder, kv_bytes=3 * 2 * 2 * 32 * 4 * 64) as engine:
+        with pytest.raises(CapacityError, match="100 tokens; .* holds 64"):
+            engine.generate(Request([1] * 100))
+        assert (await run(engine, max_tokens=3, ignore_end=True)).finish is not None
+
+
+async def test_a_step_that_fails_ends_its_requests_and_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = engine.runner.step
+    failures = iter([True])
+
+    def failing(plan: Plan) -> torch.Tensor:
+        if any(entry.seq.ids[0] == 66 for entry in plan.entries) and next(failures, False):
+            raise RuntimeError("out of memory")
+        return healthy(plan)
+
+    monkeypatch.setattr(engine.runner, "step", failing)
+    good = await run(engine, "abc", max_tokens=3, ignore_end=True)
+    assert good.finish is not None
+    with pytest.raises(EngineError, match="out of memory"):
+        async with engine.generate(Request([66, *range(40)], max_tokens=4)) as generation:
+            async for _ in generation:
+                pass
+    engine.check()
+    assert engine.stats().pages_private == 0
+    async with engine.generate(Request([66, *range(40)], max_tokens=4, ignore_end=True)) as again:
+        async for _ in again:
+            pass
+    assert again.finish is not None
+    assert again.finish.usage.cached == 0  # nothing of the failed step was kept
+
+
+async def test_a_closed_engine_says_so(folder: Path) -> None:
+    with tiny.engine(folder) as engine:
+        generation = engine.generate(Request([1], max_tokens=400, ignore_end=True))
+        await generation.__aenter__()
+    with pytest.raises(EngineError, match="closed"):
+        async for _ in generation:
+            pass
+    await generation.__aexit__(None, None, None)
+    with pytest.raises(AgentError, match="closed"):
+        async with engine.generate(Request([1])):
+            pass
+
+
+async def test_two_engines_live_in_one_process(folder: Path) -> None:
+    with tiny.engine(folder) as one, tiny.engine(folder) as two:
+        results: list[list[int]] = []
+
+        async def ask(engine: Engine) -> None:
+            results.append((await run(engine, max_tokens=20, ignore_end=True)).ids)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, one)
+            group.start_soon(ask, two)
+    assert results[0] == results[1]
+
+
+async def test_aborts_at_random_moments_leave_nothing_behind(engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(5)
+    delays = (torch.rand(60, generator=generator) * 0.05).tolist()
+
+    async def one(index: int, delay: float) -> None:
+        with anyio.move_on_after(delay):
+            ids = [index % 7, *range(index % 50)]
+            async with engine.generate(Request(ids, max_tokens=50, ignore_end=True)) as generation:
+                async for _ in generation:
+                    pass
+
+    async with anyio.create_task_group() as group:
+        for index, delay in enumerate(delays):
+            group.start_soon(one, index, delay)
+    engine.check()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_private) == (0, 0, 0)
