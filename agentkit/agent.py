@@ -1,0 +1,252 @@
+"""`Agent`: tools, instructions and an output type, run by a model in this process."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskGroup
+
+from agentkit.limits import Limits
+from agentkit.loop import Finished, Job, Loop, ToolFinished, TurnFinished
+from agentkit.result import RunResult, Session
+from agentkit.runtime.errors import AgentError
+from agentkit.runtime.request import Sampling
+from agentkit.template import ChatTemplate, Message, System, User
+from agentkit.tool import Tool, ToolError, toolset
+from agentkit.transcript import Transcript
+from agentkit.turn import Choice, Event
+
+if TYPE_CHECKING:
+    from agentkit.output import Constraint
+    from agentkit.runtime.engine import Engine
+
+Out = TypeVar("Out")
+AgentEvent = Event | ToolFinished | TurnFinished | Finished[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """An engine and the chat template of its model."""
+
+    engine: Engine
+    template: ChatTemplate
+
+
+#: Set by `agentkit.script`: the model every agent uses inside that block.
+override: ContextVar[LoadedModel | None] = ContextVar("agentkit_model", default=None)
+
+
+class _Lazy:
+    """Loads a model once, whoever asks first, on a worker thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loaded: LoadedModel | None = None
+
+    def get(self, model: str | Path | Engine | None) -> LoadedModel:
+        with self.lock:
+            if self.loaded is None:
+                from agentkit.loading import load
+
+                engine = load(model) if model is None or isinstance(model, str | Path) else model
+                self.loaded = LoadedModel(engine, ChatTemplate(engine.vocab))
+            return self.loaded
+
+
+@dataclass(frozen=True)
+class Agent(Generic[Out]):
+    """A model with tools. A value: making one loads nothing, and it keeps no state between runs.
+
+    Attributes:
+        tools: functions the model may call, in the order it is shown them.
+        output: ``str``, or what the final answer must be: a pydantic model, dataclass, TypedDict, Literal, list, …
+        instructions: what the model is told before the task.
+        model: a name, a folder, a ``.gguf`` file, or an engine made by `load`. Default: the environment variable
+            AGENTKIT_MODEL, else ``smollm2-135m``. Agents that shall share a model are given the same engine.
+        limits: of each run.
+        sampling: how tokens are chosen.
+    """
+
+    tools: Sequence[Tool[..., Any] | Callable[..., Any]] = ()
+    output: type[Out] = cast("type[Out]", str)
+    _: KW_ONLY
+    instructions: str = ""
+    model: str | Path | Engine | None = None
+    limits: Limits = field(default_factory=Limits)
+    sampling: Sampling = field(default_factory=Sampling)
+    _lazy: _Lazy = field(default_factory=_Lazy, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tools", tuple(toolset(self.tools).values()))
+
+    async def run(
+        self,
+        task: str,
+        *,
+        deps: object = None,
+        session: Session | None = None,
+        limits: Limits | None = None,
+        tool_choice: Choice = "auto",
+    ) -> RunResult[Out]:
+        """Run one task to its end; `stream` with nobody watching. For the arguments see there."""
+        async with self.stream(task, deps=deps, session=session, limits=limits, tool_choice=tool_choice) as run:
+            async for _ in run:
+                pass
+        return run.result
+
+    def run_sync(
+        self,
+        task: str,
+        *,
+        deps: object = None,
+        session: Session | None = None,
+        limits: Limits | None = None,
+        tool_choice: Choice = "auto",
+    ) -> RunResult[Out]:
+        """`run` for a program without an event loop."""
+
+        async def main() -> RunResult[Out]:
+            return await self.run(task, deps=deps, session=session, limits=limits, tool_choice=tool_choice)
+
+        return anyio.run(main)
+
+    def stream(
+        self,
+        task: str,
+        *,
+        deps: object = None,
+        session: Session | None = None,
+        limits: Limits | None = None,
+        tool_choice: Choice = "auto",
+    ) -> Run[Out]:
+        """Run one task and watch it: ``async with agent.stream(task) as run: async for event in run: ...``.
+
+        Leaving the block early ends the run: the model stops and tools are cancelled.
+
+        Args:
+            task: what the user says.
+            deps: handed to tools that take a `RunContext`.
+            session: go on from there.
+            limits: instead of the agent's.
+            tool_choice: about the first turn: ``auto``, ``required``, ``none`` or a tool's name.
+
+        Raises:
+            AgentError: the model cannot be loaded, the task can never fit, the session is of another agent.
+        """
+        return Run(self, task, deps, session, limits or self.limits, tool_choice)
+
+    async def load(self) -> LoadedModel:
+        """Load the agent's model now rather than at its first run."""
+        inside = override.get()
+        return inside if inside is not None else await anyio.to_thread.run_sync(self._lazy.get, self.model)
+
+
+class Run(Generic[Out]):
+    """A run in progress: an asynchronous iterator of events, ending with `Finished`."""
+
+    def __init__(
+        self,
+        agent: Agent[Out],
+        task: str,
+        deps: object,
+        session: Session | None,
+        limits: Limits,
+        tool_choice: Choice,
+    ) -> None:
+        self._agent, self._task, self._deps, self._session = agent, task, deps, session
+        self._limits, self._choice = limits, tool_choice
+        self._send, self._receive = anyio.create_memory_object_stream[AgentEvent](math.inf)
+        self._group: TaskGroup | None = None
+        self._result: RunResult[Out] | None = None
+        self._error: Exception | None = None
+
+    @property
+    def result(self) -> RunResult[Out]:
+        """The outcome, once the events have ended."""
+        if self._result is None:
+            raise AgentError("the run has not finished: read its events to the end first") from self._error
+        return self._result
+
+    async def __aenter__(self) -> Self:
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        self._group.start_soon(self._drive)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._group is not None
+        self._group.cancel_scope.cancel()
+        try:
+            return await self._group.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            if error is not None and len(group.exceptions) == 1:  # the caller's own, wrapped by the task group
+                raise error from None
+            raise
+        finally:
+            self._receive.close()
+
+    async def __aiter__(self) -> AsyncIterator[AgentEvent]:
+        async for event in self._receive:
+            yield event
+        if self._error is not None:
+            raise self._error
+
+    async def _drive(self) -> None:
+        with self._send:
+            try:
+                self._result = await self._loop()
+                self._send.send_nowait(Finished(self._result))
+            except Exception as error:
+                self._error = error
+
+    async def _loop(self) -> RunResult[Out]:
+        loaded = await self._agent.load()
+        transcript = self._transcript(loaded)
+        tools = {tool.name: tool for tool in cast("Sequence[Tool[..., Any]]", self._agent.tools)}
+        if self._choice not in ("auto", "required", "none") and self._choice not in tools:
+            raise ToolError(f"tool_choice names {self._choice!r}; the tools are {', '.join(tools) or 'none'}")
+        job = Job(
+            engine=loaded.engine,
+            tools=tools,
+            constraint=_constraint(self._agent.output),
+            limits=self._limits,
+            sampling=self._agent.sampling,
+            choice=self._choice,
+            deps=self._deps,
+        )
+        messages: list[Message] = [User(self._task)]
+        if not transcript.ids and self._agent.instructions:
+            messages.insert(0, System(self._agent.instructions))
+        return await Loop(job, transcript, self._send.send_nowait).run(messages)
+
+    def _transcript(self, loaded: LoadedModel) -> Transcript:
+        tools = cast("Sequence[Tool[..., Any]]", self._agent.tools)
+        if self._session is None:
+            return Transcript(loaded.template, tools)
+        if self._session.model != loaded.engine.name:
+            raise AgentError(
+                f"the session is of {self._session.model}, this agent runs {loaded.engine.name}: "
+                "token ids of one model mean nothing to another"
+            )
+        if [t.name for t in self._session.transcript.tools] != [t.name for t in tools]:
+            raise AgentError("the session was begun with other tools: continue it with the agent that made it")
+        return self._session.transcript.fork()
+
+
+def _constraint(output: type[Out]) -> Constraint[Out] | None:
+    if output is str:
+        return None
+    from agentkit.output import constraint
+
+    return constraint(output)

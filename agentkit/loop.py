@@ -1,0 +1,287 @@
+"""The loop of an agent, one turn after the other: prepare, decode, act, append.
+
+A tool starts the moment its call is complete, while the model may still be writing the next one. What a turn costs
+does not depend on how long the conversation is: ids are appended, the prefix is found in the engine's tree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import anyio
+
+from agentkit.limits import LimitName, Limits, Meter
+from agentkit.output import Constraint, OutputError
+from agentkit.result import CallRecord, RunResult, Session, Stop
+from agentkit.runtime.engine import Engine
+from agentkit.runtime.errors import AgentError, CapacityError
+from agentkit.runtime.generation import Generation
+from agentkit.runtime.request import Finish, Request, Sampling, Usage
+from agentkit.runtime.text import Detokenizer
+from agentkit.template import Assistant, Call, Message, ToolResult, User
+from agentkit.tool import RunContext, Tool
+from agentkit.transcript import Transcript
+from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, turn_spec
+
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFinished:
+    """A tool has returned, failed or run out of time.
+
+    Attributes:
+        index: which call of the turn, from 0.
+        record: the call and its result.
+    """
+
+    index: int
+    record: CallRecord
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFinished:
+    """The model has ended a turn; tools it called may still run.
+
+    Attributes:
+        step: which turn, from 0.
+        usage: its tokens.
+    """
+
+    step: int
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[Out]):
+    """The last event of a run."""
+
+    result: RunResult[Out]
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[Out]):
+    """Everything a run needs that does not change while it runs.
+
+    Attributes:
+        engine: the model.
+        tools: by name, in the order the model was shown them.
+        constraint: of a typed output; None for text.
+        limits: how long it may take.
+        sampling: how tokens are chosen.
+        choice: about the first turn; later ones are free.
+        deps: handed to tools that take a `RunContext`.
+    """
+
+    engine: Engine
+    tools: Mapping[str, Tool[..., Any]]
+    constraint: Constraint[Out] | None
+    limits: Limits
+    sampling: Sampling
+    choice: Choice = "auto"
+    deps: object = None
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One turn as it comes in."""
+
+    text: list[str] = field(default_factory=list[str])
+    calls: list[Call] = field(default_factory=list[Call])
+    records: dict[int, CallRecord] = field(default_factory=dict[int, CallRecord])
+    ids: list[int] = field(default_factory=list[int])
+    finish: Finish | None = None
+
+
+class Loop(Generic[Out]):
+    """Runs one task to its end.
+
+    Args:
+        job: what to run with.
+        transcript: of the conversation; the loop appends to it.
+        emit: receives every event as it happens.
+    """
+
+    def __init__(
+        self, job: Job[Out], transcript: Transcript, emit: Callable[[Event | ToolFinished | TurnFinished], None]
+    ):
+        self.job, self.transcript, self.emit = job, transcript, emit
+        self.meter = Meter(job.limits)
+        self.usage = Usage()
+        self.records: list[CallRecord] = []
+
+    async def run(self, messages: Sequence[Message]) -> RunResult[Out]:
+        """Append the messages and take turns until the model answers."""
+        self.transcript.append(*messages)
+        retried = False
+        while True:
+            reached = self.meter.reached
+            turn = await self._turn(reached)
+            if reached is None and not turn.ids:
+                reached = "tokens"  # what is left of them holds no call, but it may hold an answer
+                turn = await self._turn(reached)
+            text = "".join(turn.text)
+            if turn.calls:
+                text = text.removesuffix("\n")  # the template writes it between the text and the first call
+            self.transcript.emit(turn.ids, Assistant(text, tuple(turn.calls)))
+            self.meter.step += 1
+            if turn.calls:
+                self.transcript.append(*self._results(turn))
+                continue
+            cut = turn.finish is not None and turn.finish.reason == "length"
+            stop: Stop = reached or ("length" if cut else "answer")
+            try:
+                return self._result(text, stop)
+            except OutputError as error:
+                if retried or self.meter.reached:
+                    raise
+                retried = True
+                self.transcript.append(User(f"This answer is not accepted: {error}. Answer again."))
+
+    # prepare
+
+    def _request(self, reached: LimitName | None) -> Request:
+        room = self.job.engine.sizes.context - len(self.transcript.ids)
+        if room < 2:
+            raise CapacityError(
+                f"the conversation has {len(self.transcript.ids)} tokens and fills the context of "
+                f"{self.job.engine.sizes.context}: begin a new session, or load the model with a larger `context`"
+            )
+        names = list(self.job.tools)
+        allowed = self.meter.usable(names)
+        choice: Choice = "none" if reached or not allowed else self.job.choice if self.meter.step == 0 else "auto"
+        constraint = self.job.constraint
+        spec = turn_spec(
+            list(self.job.tools.values()),
+            None if constraint is None else constraint.spec,
+            self.transcript.template.tool_format.tags,
+            choice=choice,
+            allowed=allowed,
+        )
+        return Request(
+            ids=self.transcript.ids,
+            max_tokens=min(self.meter.turn_tokens, room),
+            grammar=spec,
+            sampling=self.job.sampling,
+        )
+
+    # decode
+
+    async def _turn(self, reached: LimitName | None) -> _Turn:
+        turn = _Turn()
+        failure: AgentError | None = None
+        async with anyio.create_task_group() as tools:
+            try:
+                async with self.job.engine.generate(self._request(reached)) as generation:
+                    await self._read(
+                        generation, turn, tools.start_soon, self.meter.seconds_left if not reached else None
+                    )
+            except AgentError as error:  # raised below: inside, it would come out as a group of exceptions
+                short = isinstance(error, CapacityError) and reached is None and self.job.limits.tokens is not None
+                failure = None if short else error
+                tools.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return turn
+
+    async def _read(
+        self, generation: Generation, turn: _Turn, start: Callable[..., None], seconds: float | None
+    ) -> None:
+        """Take in a turn; when its time is up, have the engine bring it to its end."""
+        detokenizer = Detokenizer(self.job.engine.vocab)
+        constraint = self.job.constraint
+        final = None if constraint is None else constraint.spec
+        parser = TurnParser(self.transcript.template.tool_format.tags, final)
+
+        async def read() -> None:
+            async for chunk in generation:
+                for piece in detokenizer.feed_many(chunk.ids):
+                    self._take(turn, parser.feed(piece), start)
+
+        with anyio.move_on_after(seconds) as scope:
+            await read()
+        if scope.cancelled_caught:
+            self.job.engine.hasten(generation)
+            await read()
+        for piece in detokenizer.flush():
+            self._take(turn, parser.feed(piece), start)
+        self._take(turn, parser.end(), start)
+        assert generation.finish is not None
+        turn.ids, turn.finish = generation.ids, generation.finish
+        self.usage += turn.finish.usage
+        self.meter.tokens += len(turn.ids)
+        self.emit(TurnFinished(self.meter.step, turn.finish.usage))
+
+    def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., None]) -> None:
+        for event in events:
+            self.emit(event)
+            if isinstance(event, TextDelta | OutputDelta):
+                turn.text.append(event.text)
+            elif isinstance(event, CallReady):
+                turn.calls.append(Call(event.name, event.arguments))
+                self.meter.calls[event.name] = self.meter.calls.get(event.name, 0) + 1
+                start(self._act, turn, event)
+
+    # act
+
+    async def _act(self, turn: _Turn, call: CallReady) -> None:
+        """Run one tool. Whatever goes wrong in it becomes a result the model can read."""
+        tool = self.job.tools[call.name]
+        began = time.monotonic()
+        left = self.meter.seconds_left
+        failed = True
+        try:
+            with anyio.fail_after(left):
+                context = RunContext(self.job.deps, call.name, self.meter.step, call.index)
+                text = await tool.call(tool.validate(call.arguments), context)
+                failed = False
+        except TimeoutError as error:
+            text = f"Error: {str(error) or 'the time of the run is up'}"
+        except Exception as error:
+            text = f"Error: {type(error).__name__}: {error}"
+        record = CallRecord(call.name, call.arguments, text, failed, time.monotonic() - began)
+        turn.records[call.index] = record
+        self.emit(ToolFinished(call.index, record))
+
+    # append
+
+    def _results(self, turn: _Turn) -> list[Message]:
+        """The results of a turn in the order of its calls, each cut to what the context can take."""
+        ordered = [turn.records[i] for i in range(len(turn.calls))]
+        self.records += ordered
+        room = self.job.engine.sizes.context - len(self.transcript.ids)
+        most = max(16, min(self.job.limits.result_tokens, room // (2 * len(ordered))))
+        return [ToolResult(r.name, self._cut(r.result, most)) for r in ordered]
+
+    def _cut(self, text: str, most: int) -> str:
+        """Keep head and tail of a text of more than ``most`` tokens, and say what is missing."""
+        vocab = self.job.engine.vocab
+        if len(text) <= most:  # a token is at least a byte, so this many characters need no counting
+            return text
+        # Tokens are at most a few characters; a megabyte need not be encoded whole to see that it is too long.
+        window = 16 * most
+        if len(text) > 2 * window:
+            head, tail = vocab.encode(text[:window]), vocab.encode(text[-window:])
+            count = f"about {len(text) * (len(head) + len(tail)) // (2 * window)}"
+        else:
+            head = tail = vocab.encode(text)
+            count = str(len(head))
+            if len(head) <= most:
+                return text
+        half = most // 2
+        note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
+        return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
+
+    def _result(self, text: str, stop: Stop) -> RunResult[Any]:
+        constraint = self.job.constraint
+        return RunResult(
+            output=text if constraint is None else constraint.parse(text),
+            stop=stop,
+            usage=self.usage,
+            calls=tuple(self.records),
+            seconds=time.monotonic() - self.meter.started,
+            session=Session(self.transcript, self.job.engine.name),
+        )

@@ -1,0 +1,188 @@
+"""A model that follows a script, for tests without weights.
+
+Only the choice of tokens is scripted. The chat template, the turn grammar with its masks and forced tokens, sampling,
+pages, prefix tree and transcript are the real ones, so a test fails where a real run would: at a call the grammar does
+not allow, at a turn nobody expected, at a script that is not used up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from agentkit.agent import LoadedModel, override
+from agentkit.runtime.engine import Engine, Sizes
+from agentkit.runtime.errors import AgentError
+from agentkit.runtime.generation import Generation
+from agentkit.runtime.request import Chunk, Request
+from agentkit.runtime.sequence import Plan
+from agentkit.runtime.vocab import Vocabulary
+from agentkit.template import ChatTemplate, Tag, Tags
+
+_CONTROL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ScriptError(AgentError):
+    """The run and its script went apart; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedCall:
+    """A tool call of the script."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedTurn:
+    """One turn: text, then calls; or the final output."""
+
+    text: str = ""
+    calls: tuple[ScriptedCall, ...] = ()
+
+
+def call(name: str, /, **arguments: Any) -> ScriptedCall:
+    """A call of the tool ``name``, a turn by itself unless it stands in `reply`."""
+    return ScriptedCall(name, arguments)
+
+
+def final(output: Any) -> ScriptedTurn:
+    """The final answer: a text, or a value of the agent's output type."""
+    if isinstance(output, str):
+        return ScriptedTurn(output)
+    value = TypeAdapter[Any](cast("type[Any]", type(output))).dump_python(output, mode="json")
+    return ScriptedTurn(json.dumps(value, ensure_ascii=False))
+
+
+def reply(text: str = "", *calls: ScriptedCall) -> ScriptedTurn:
+    """One turn of several calls, with text before them or without."""
+    return ScriptedTurn(text, calls)
+
+
+@contextmanager
+def scripted(*turns: ScriptedTurn | ScriptedCall, vocab: Vocabulary | None = None) -> Generator[Engine]:
+    """Let every agent run inside the block follow the script, turn by turn.
+
+    Args:
+        turns: in order.
+        vocab: a real tokenizer with its chat template; by default a built-in one of single bytes.
+
+    Raises:
+        ScriptError: the run wants another turn than the script has, or the block ends before the script does.
+    """
+    vocab = vocab or _byte_vocabulary()
+    template = ChatTemplate(vocab)
+    script = deque(t if isinstance(t, ScriptedTurn) else ScriptedTurn(calls=(t,)) for t in turns)
+    with _ScriptedEngine(vocab, script, template.tool_format.tags) as engine:
+        token = override.set(LoadedModel(engine, template))
+        try:
+            yield engine
+        finally:
+            override.reset(token)
+    if script:
+        raise ScriptError(f"the run ended before its script: not used are {list(script)}")
+
+
+class _Runner:
+    """Stands in for the weights: all logits are 0 but that of the token the script wants."""
+
+    weight_bytes = 0
+
+    def __init__(self, vocab: Vocabulary) -> None:
+        self.vocab_size, self.end_id = vocab.size, vocab.end_id
+        self.lines: dict[int, list[int]] = {}
+
+    def step(self, plan: Plan) -> Tensor:
+        sampled = [entry.seq for entry in plan.entries if entry.sample]
+        logits = torch.zeros(len(sampled), self.vocab_size)
+        for row, seq in zip(logits, sampled, strict=True):
+            line, at = self.lines[seq.rid], len(seq.ids) - seq.prompt
+            row[line[at] if at < len(line) else self.end_id] = 1.0
+        return logits
+
+
+class _ScriptedEngine(Engine):
+    """An engine whose generations take their turns from a script."""
+
+    runner: _Runner
+
+    def __init__(self, vocab: Vocabulary, script: deque[ScriptedTurn], tags: Tags) -> None:
+        self._script, self._tags = script, tags
+        super().__init__(_Runner(vocab), vocab, Sizes(context=1 << 18, pages=1 << 14), "scripted")
+
+    def generate(self, request: Request) -> Generation:
+        generation = super().generate(request)
+        if not self._script:
+            raise ScriptError("the run asks for one more turn than the script has")
+        line = self._line(self._script.popleft())
+        self.runner.lines[generation.rid] = line
+        return _Checked(self, generation.rid, request, line)
+
+    def _line(self, wanted: ScriptedTurn) -> list[int]:
+        """The ids the turn has when a model writes it as its chat template would."""
+        ids = self.vocab.encode(wanted.text)
+        for i, item in enumerate(wanted.calls):
+            if i or wanted.text:
+                ids += self.vocab.encode("\n")
+            arguments = json.dumps(dict(item.arguments), ensure_ascii=False)
+            body = f'\n{{"name": "{item.name}", "arguments": {arguments}}}\n'
+            ids += self._joined(self._tags.open, body, self._tags.close)
+        return [*ids, self.vocab.end_id]
+
+    def _joined(self, opening: Tag, body: str, closing: Tag) -> list[int]:
+        encode = self.vocab.encode
+        if opening.token is None or closing.token is None:
+            return encode(opening.text + body + closing.text)
+        return [opening.token, *encode(body), closing.token]
+
+
+class _Checked(Generation):
+    """A generation that must keep to its line."""
+
+    def __init__(self, engine: Engine, rid: int, request: Request, line: list[int]) -> None:
+        super().__init__(engine, rid, request)
+        self._line, self._vocab = line, engine.vocab
+
+    async def __anext__(self) -> Chunk:
+        chunk = await super().__anext__()
+        if self.ids != self._line[: len(self.ids)]:
+            kept = next(i for i, t in enumerate(self.ids) if self._line[i : i + 1] != [t])
+            before = self._vocab.decode(self._line[:kept])
+            raise ScriptError(
+                f"after {before!r} the script goes on with {self._vocab.decode(self._line[kept:])!r}, which the "
+                f"grammar of this turn does not allow; it gave {self._vocab.decode(self.ids[kept:])!r}"
+            )
+        return chunk
+
+
+def _byte_vocabulary() -> Vocabulary:
+    """One token for each byte, and the control tokens of Qwen's tool format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer.add_special_tokens(_CONTROL)  # pyright: ignore
+    end = len(alphabet) + _CONTROL.index("<|endoftext|>")
+    return Vocabulary(tokenizer, eos="<|im_end|>", chat_template=_CHATML, end_ids=[end])
