@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from agentkit.turn import Choice, Event
 if TYPE_CHECKING:
     from agentkit.output import Constraint
     from agentkit.runtime.engine import Engine
+    from agentkit.runtime.grammar import GrammarSpec
 
 Out = TypeVar("Out")
 AgentEvent = Event | ToolFinished | TurnFinished | Finished[Any]
@@ -35,10 +36,11 @@ AgentEvent = Event | ToolFinished | TurnFinished | Finished[Any]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """An engine and the chat template of its model."""
+    """An engine, the chat template of its model, and the grammars made for its turns."""
 
     engine: Engine
     template: ChatTemplate
+    specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
 
 
 #: Set by `agentkit.script`: the model every agent uses inside that block.
@@ -95,7 +97,7 @@ class Agent(Generic[Out]):
         deps: object = None,
         session: Session | None = None,
         limits: Limits | None = None,
-        tool_choice: Choice = "auto",
+        tool_choice: Choice | Sequence[Choice] = "auto",
     ) -> RunResult[Out]:
         """Run one task to its end; `stream` with nobody watching. For the arguments see there."""
         async with self.stream(task, deps=deps, session=session, limits=limits, tool_choice=tool_choice) as run:
@@ -110,7 +112,7 @@ class Agent(Generic[Out]):
         deps: object = None,
         session: Session | None = None,
         limits: Limits | None = None,
-        tool_choice: Choice = "auto",
+        tool_choice: Choice | Sequence[Choice] = "auto",
     ) -> RunResult[Out]:
         """`run` for a program without an event loop."""
 
@@ -126,7 +128,7 @@ class Agent(Generic[Out]):
         deps: object = None,
         session: Session | None = None,
         limits: Limits | None = None,
-        tool_choice: Choice = "auto",
+        tool_choice: Choice | Sequence[Choice] = "auto",
     ) -> Run[Out]:
         """Run one task and watch it: ``async with agent.stream(task) as run: async for event in run: ...``.
 
@@ -137,7 +139,8 @@ class Agent(Generic[Out]):
             deps: handed to tools that take a `RunContext`.
             session: go on from there.
             limits: instead of the agent's.
-            tool_choice: about the first turn: ``auto``, ``required``, ``none`` or a tool's name.
+            tool_choice: what the first turn does: ``auto``, ``required``, ``none`` or a tool's name. A list says it for
+                as many turns; those after them are free.
 
         Raises:
             AgentError: the model cannot be loaded, the task can never fit, the session is of another agent.
@@ -160,10 +163,11 @@ class Run(Generic[Out]):
         deps: object,
         session: Session | None,
         limits: Limits,
-        tool_choice: Choice,
+        tool_choice: Choice | Sequence[Choice],
     ) -> None:
         self._agent, self._task, self._deps, self._session = agent, task, deps, session
-        self._limits, self._choice = limits, tool_choice
+        self._limits = limits
+        self._choices = (tool_choice,) if isinstance(tool_choice, str) else tuple(tool_choice)
         self._send, self._receive = anyio.create_memory_object_stream[AgentEvent](math.inf)
         self._group: TaskGroup | None = None
         self._result: RunResult[Out] | None = None
@@ -214,16 +218,18 @@ class Run(Generic[Out]):
         loaded = await self._agent.load()
         transcript = self._transcript(loaded)
         tools = {tool.name: tool for tool in cast("Sequence[Tool[..., Any]]", self._agent.tools)}
-        if self._choice not in ("auto", "required", "none") and self._choice not in tools:
-            raise ToolError(f"tool_choice names {self._choice!r}; the tools are {', '.join(tools) or 'none'}")
+        unknown = [c for c in self._choices if c not in ("auto", "required", "none") and c not in tools]
+        if unknown:
+            raise ToolError(f"tool_choice names {unknown[0]!r}; the tools are {', '.join(tools) or 'none'}")
         job = Job(
             engine=loaded.engine,
             tools=tools,
             constraint=_constraint(self._agent.output),
             limits=self._limits,
             sampling=self._agent.sampling,
-            choice=self._choice,
+            choices=self._choices,
             deps=self._deps,
+            specs=loaded.specs,
         )
         messages: list[Message] = [User(self._task)]
         if not transcript.ids and self._agent.instructions:

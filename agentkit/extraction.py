@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
-
-import anyio
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from agentkit.agent import Agent
+from agentkit.gather import gather
 from agentkit.limits import Limits
-from agentkit.loop import Finished
 from agentkit.runtime.request import Sampling, Usage
 from agentkit.turn import OutputDelta
 
@@ -92,28 +90,13 @@ async def extract(
     )
     await agent.load()
     texts = [text] if isinstance(text, str) else list(text)
-    results: list[Extracted[Any]] = [Extracted(None, Usage())] * len(texts)
 
-    async def one(index: int) -> None:
+    async def one(index: int) -> Extracted[Out]:
         async with agent.stream(texts[index]) as run:
             async for event in run:
                 if watch is not None and isinstance(event, OutputDelta):
                     watch(index, event.text)
-                if isinstance(event, Finished):
-                    results[index] = Extracted(event.result.output, event.result.usage)
+        return Extracted(run.result.output, run.result.usage)
 
-    failures: list[Exception] = []
-
-    async def guarded(index: int) -> None:
-        try:
-            await one(index)
-        except Exception as error:
-            failures.append(error)
-            group.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as group:
-        for index in range(len(texts)):
-            group.start_soon(guarded, index)
-    if failures:
-        raise failures[0]
+    results = await gather(one, range(len(texts)))
     return results[0] if isinstance(text, str) else results

@@ -7,11 +7,13 @@ does not depend on how long the conversation is: ids are appended, the prefix is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
+import anyio.to_thread
 
 from agentkit.limits import LimitName, Limits, Meter
 from agentkit.output import Constraint, OutputError
@@ -19,6 +21,7 @@ from agentkit.result import CallRecord, RunResult, Session, Stop
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
+from agentkit.runtime.grammar import GrammarSpec
 from agentkit.runtime.request import Finish, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
@@ -27,6 +30,7 @@ from agentkit.transcript import Transcript
 from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, turn_spec
 
 Out = TypeVar("Out")
+_CHOICES = ("auto", "required", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,9 @@ class Job(Generic[Out]):
         constraint: of a typed output; None for text.
         limits: how long it may take.
         sampling: how tokens are chosen.
-        choice: about the first turn; later ones are free.
+        choices: what the first turns must do, one after the other; later ones are free.
         deps: handed to tools that take a `RunContext`.
+        specs: grammars of turns made so far, kept from run to run of one agent.
     """
 
     engine: Engine
@@ -81,8 +86,9 @@ class Job(Generic[Out]):
     constraint: Constraint[Out] | None
     limits: Limits
     sampling: Sampling
-    choice: Choice = "auto"
+    choices: tuple[Choice, ...] = ()
     deps: object = None
+    specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
 
 
 @dataclass(slots=True)
@@ -143,7 +149,7 @@ class Loop(Generic[Out]):
 
     # prepare
 
-    def _request(self, reached: LimitName | None) -> Request:
+    async def _request(self, reached: LimitName | None) -> Request:
         room = self.job.engine.sizes.context - len(self.transcript.ids)
         if room < 2:
             raise CapacityError(
@@ -152,21 +158,28 @@ class Loop(Generic[Out]):
             )
         names = list(self.job.tools)
         allowed = self.meter.usable(names)
-        choice: Choice = "none" if reached or not allowed else self.job.choice if self.meter.step == 0 else "auto"
-        constraint = self.job.constraint
-        spec = turn_spec(
-            list(self.job.tools.values()),
-            None if constraint is None else constraint.spec,
-            self.transcript.template.tool_format.tags,
-            choice=choice,
-            allowed=allowed,
-        )
+        step = self.meter.step
+        choice: Choice = self.job.choices[step] if step < len(self.job.choices) else "auto"
+        if reached or not allowed or (choice not in _CHOICES and choice not in allowed):
+            choice = "none" if reached or not allowed else "auto"
+        spec = await self._spec(choice, allowed)
         return Request(
             ids=self.transcript.ids,
             max_tokens=min(self.meter.turn_tokens, room),
             grammar=spec,
             sampling=self.job.sampling,
         )
+
+    async def _spec(self, choice: Choice, allowed: frozenset[str]) -> GrammarSpec | None:
+        """The grammar of a turn. Checking schemas takes milliseconds: off the event loop, and once."""
+        job = self.job
+        tags = self.transcript.template.tool_format.tags
+        final = None if job.constraint is None else job.constraint.spec
+        key = (tuple(job.tools.values()), final, choice, allowed)
+        if key not in job.specs:
+            build = partial(turn_spec, list(job.tools.values()), final, tags, choice=choice, allowed=allowed)
+            job.specs[key] = await anyio.to_thread.run_sync(build)
+        return job.specs[key]
 
     # decode
 
@@ -175,7 +188,7 @@ class Loop(Generic[Out]):
         failure: AgentError | None = None
         async with anyio.create_task_group() as tools:
             try:
-                async with self.job.engine.generate(self._request(reached)) as generation:
+                async with self.job.engine.generate(await self._request(reached)) as generation:
                     await self._read(
                         generation, turn, tools.start_soon, self.meter.seconds_left if not reached else None
                     )

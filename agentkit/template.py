@@ -28,7 +28,6 @@ from agentkit.runtime.vocab import Vocabulary
 from agentkit.schema import Json, signature
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_RESULT_OPEN, _RESULT_CLOSE = "<tool_response>", "</tool_response>"
 # A word that no chat and no template holds, to be found again in a rendering; letters are never shielded.
 _PROBE = "agentkitprobe7f3a"
 
@@ -121,7 +120,7 @@ class ToolFormat:
     Attributes:
         kind: ``native``: the chat template lists the tools and writes calls between `tags`. ``compact``: it
             cannot, or writes calls in another form; then we put one line for each tool into the system
-            message, and calls and results into the text of the messages, in the same form.
+            message, calls into the text of the messages in the same form, and results in words.
         tags: around a call, in both kinds.
     """
 
@@ -318,12 +317,14 @@ def _compact(messages: Iterable[Message]) -> list[Json]:
     results: list[str] = []
     for message in messages:
         if isinstance(message, ToolResult):
-            results.append(f"{_RESULT_OPEN}\n{message.text}\n{_RESULT_CLOSE}")
+            # In words: a model never trained on tags around a result repeats them in place of an answer.
+            results.append(f"The result of {message.name}:\n{message.text}")
             continue
         compact += [_plain(User("\n".join(results)))] if results else []
         results = []
         if isinstance(message, Assistant):
-            message = Assistant("\n".join(filter(None, [message.text, *map(_call, message.calls)])))
+            calls = "".join(map(_call, message.calls))  # no line break between them: see `turn._call_rules`
+            message = Assistant("\n".join(filter(None, [message.text, calls])))
         compact.append(_plain(message))
     return compact + ([_plain(User("\n".join(results)))] if results else [])
 

@@ -21,9 +21,8 @@ from agentkit.runtime.grammar import (
     JsonSpec,
     LarkSpec,
     RegexSpec,
-    examples,
-    inline,
 )
+from agentkit.runtime.schema import examples, inline
 from agentkit.runtime.text import Piece
 from agentkit.template import Signature, Tag, Tags
 
@@ -158,12 +157,17 @@ def _start(choice: Choice, final: GrammarSpec | None, tags: Tags) -> str:
 def _text(tags: Tags) -> str:
     if tags.open.token is not None:
         return "TEXT: /(?s:.)*/"
-    return f"TEXT: /(?s:.)*/ & ~/(?s:.)*{_pattern(tags.open.text)}(?s:.)*/"
+    # Where tags are ordinary text, a small model that has read them answers in tags of its own making. So text neither
+    # begins with one nor holds one of ours; where tags are control tokens, masks see to that.
+    return r"TEXT: /([^<\s](?s:.)*)?/ & ~/(?s:.)*<\/?tool_(?s:.)*/"
 
 
 def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, warnings: list[str]) -> list[str]:
     """The calls of a turn, each after its opening tag, byte for byte as chat templates write them."""
-    again = f' ("\\n" {_open(tags)} call){{0,{MAX_CALLS - 1}}}' if parallel else ""
+    # A line break is what an untrained model writes after anything: the tag of ordinary text follows without one, so
+    # that one more call is a choice of its own, beside the end of the turn.
+    line = "" if tags.open.token is None else '"\\n" '
+    again = f" ({line}{_open(tags)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
     close = f'"\\n" {_token(tags.close)}' if tags.close.token is not None else _literal("\n" + tags.close.text)
     names = [f"tool{i}" for i in range(len(tools))]
     rules = [f"calls: call{again}", f'call: "\\n{{\\"name\\": \\"" ({" | ".join(names)}) "}}" {close}']

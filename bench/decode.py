@@ -18,11 +18,11 @@ from typing import Any
 
 import anyio
 import torch
+
+from agentkit.models import resolve
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.load import Options, load_engine
 from agentkit.runtime.request import Request
-
-from agentkit.models import resolve
 
 TEXT = (
     "The history of the city begins with a small harbour, where traders met twice a year to exchange salt for cloth. "

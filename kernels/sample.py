@@ -18,6 +18,8 @@ _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 #: Bins over the logits in which the nucleus is located; only the bin where it ends is sorted.
 _BINS = 4096
+#: Noise from 24 bits lies between -log(log(2^25)) = -2.9 and log(2^25) = 17.4.
+_NOISE_RANGE = 20.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,10 @@ def draw(logits: Tensor, f: Filter, seed: int, position: int) -> int:
             raise ValueError("logits: no token is allowed here, or the logits are not numbers")
         return token
     tokens = _candidates(logits, f)
-    x = logits[tokens] / f.temperature + gumbel(seed, position, tokens)
-    return int(tokens[x.argmax()])
+    x = logits[tokens] / f.temperature
+    near = x > x.max() - _NOISE_RANGE  # the others cannot win, whatever their noise
+    tokens, x = tokens[near], x[near]
+    return int(tokens[(x + gumbel(seed, position, tokens)).argmax()])
 
 
 def _candidates(logits: Tensor, f: Filter) -> Tensor:

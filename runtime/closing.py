@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from agentkit.runtime.errors import CapacityError
 from numpy.typing import NDArray
+
+from agentkit.runtime.errors import CapacityError
 
 if TYPE_CHECKING:
     from agentkit.runtime.grammar import Matcher
     from agentkit.runtime.vocab import Vocabulary
 
 #: States the search may look at before it gives up; about 0.2 ms each.
-EXPANSIONS = 2000
+EXPANSIONS = 4000
 
 # One token's worth of JSON without content: an end, a separator and a beginning or one of the shortest values.
 _PUNCTUATION = re.compile(rb' ?"?[}\]]{0,4}\n?[,:]? ?(?:""|\[\]|{}|[\[{]{0,2}"?|null|true|false|[0-9])?', re.DOTALL)
@@ -33,7 +34,7 @@ _STARTS = b'{["-0123456789tfn'
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _ENDING = (b",", b":", b"}", b"]")
 _MARKS, _ENDS, _LOOK = 8, 3, 32
-_WORDS = (128, 64, 32, 16, 8, 4, 2)
+_WORDS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
 class Context(NamedTuple):
@@ -461,7 +462,7 @@ class Closer:
         after = self._matcher.fork()
         if not after.advance(token):
             raise ValueError(f"token {token} is not legal here")
-        plan = self._next(after, remaining - 1)
+        plan = self._next(after, remaining - 1) if remaining > 0 else None
         if plan is not None:
             self._plan = plan
             return None

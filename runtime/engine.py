@@ -13,6 +13,8 @@ from typing import Self, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from agentkit.kernels.sample import apply_mask_
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Generation
@@ -25,7 +27,6 @@ from agentkit.runtime.request import Request
 from agentkit.runtime.runner import Runner
 from agentkit.runtime.sequence import Plan
 from agentkit.runtime.vocab import Vocabulary
-from torch import Tensor
 
 T = TypeVar("T")
 

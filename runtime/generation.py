@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import anyio
+from anyio.lowlevel import current_token
+
 from agentkit.runtime.errors import EngineError
 from agentkit.runtime.request import Chunk, Finish, Request
-from anyio.lowlevel import current_token
 
 if TYPE_CHECKING:
     from agentkit.runtime.engine import Engine

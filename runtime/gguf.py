@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+
 from agentkit.runtime.config import (
     Family,
     ModelConfig,
@@ -37,10 +42,6 @@ from agentkit.runtime.weights import (
     refuse_overlap,
     require_tensors,
 )
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from torch import Tensor
 
 # Bounds on what a header may claim, far above any real model, far below what would exhaust memory.
 _MOST_TENSORS = 1 << 16

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
+
 from agentkit.kernels.sample import draw, log_probabilities, penalize_
 from agentkit.runtime.closing import Closer
 from agentkit.runtime.errors import AgentError, CapacityError
@@ -16,7 +18,6 @@ from agentkit.runtime.request import Chunk, Finish, Sampling, Score, Usage
 from agentkit.runtime.sequence import Sequence
 from agentkit.runtime.text import Detokenizer, StopStrings
 from agentkit.runtime.vocab import Vocabulary
-from torch import Tensor
 
 Reason = Literal["stop", "length"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
 from agentkit.runtime.model import Model
@@ -62,8 +63,8 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     name = name or str(path)
     if options.dtype != "auto" and options.dtype not in _DTYPES:
         raise ModelError(f"dtype {options.dtype!r} is not known; use auto, float32 or bfloat16")
-    device = _device(options.device)
-    dtype = _dtype(device) if options.dtype == "auto" else _DTYPES[options.dtype]
+    device = choose_device(options.device)
+    dtype = choose_dtype(device) if options.dtype == "auto" else _DTYPES[options.dtype]
     checkpoint = open_checkpoint(path)
     vocab = checkpoint.vocabulary()
     model = Model(checkpoint, device, dtype, options.packed)
@@ -91,7 +92,8 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     return Engine(TorchRunner(model, pages, options.page_size), vocab, sizes, name)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` prefers a CUDA GPU. ModelError if it cannot be used here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -102,7 +104,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that is fastest on a device."""
     native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return torch.bfloat16 if native else torch.float32
 
@@ -116,11 +119,11 @@ def _pages(options: Options, positions: int, token_bytes: int, device: torch.dev
         free, _ = torch.cuda.mem_get_info(device)
         affordable = int(free * 0.9) // token_bytes
     else:
-        affordable = _available_memory() // 4 // token_bytes
+        affordable = available_memory() // 4 // token_bytes
     return min(wanted, affordable) // options.page_size
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes a new allocation can have without swapping."""
     try:
         with open("/proc/meminfo") as lines:

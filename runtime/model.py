@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from agentkit.kernels.attention import Work, paged_attention
 from agentkit.kernels.linear import MAX_ROWS, Int4, int4_linear, pack_int4
 from agentkit.kernels.norm import rms_norm
 from agentkit.kernels.rope import angles, rotate_
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

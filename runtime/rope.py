@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from agentkit.runtime.config import ModelConfig, RopeScaling
 from torch import Tensor
+
+from agentkit.runtime.config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

@@ -6,10 +6,11 @@ from itertools import chain
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from agentkit.kernels.attention import Work
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Copy, Entry, Plan
-from torch import Tensor
 
 
 class Runner(Protocol):

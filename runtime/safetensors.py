@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
+
 from agentkit.runtime.config import ModelConfig
 from agentkit.runtime.errors import ModelError
 from agentkit.runtime.vocab import Vocabulary, read_json
 from agentkit.runtime.weights import Stored, identity, map_file, mapped, refuse_overlap, require_tensors
-from torch import Tensor
 
 _MOST_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _ITEM_BYTES: Mapping[str, int] = {

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict, cast
 
+from tokenizers import AddedToken, Tokenizer
+
 from agentkit.runtime.config import end_ids
 from agentkit.runtime.errors import ModelError
-from tokenizers import AddedToken, Tokenizer
 
 JsonObject = dict[str, object]
 _REPLACEMENT = "\ufffd"

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import gguf.quants
 import numpy as np
 import torch
-from agentkit.runtime.config import ModelConfig
-from agentkit.runtime.errors import ModelError
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
+
+from agentkit.runtime.config import ModelConfig
+from agentkit.runtime.errors import ModelError
 
 if TYPE_CHECKING:
     from agentkit.runtime.vocab import Vocabulary

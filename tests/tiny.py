@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.load import Options, load_engine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ENDS = ["<|im_end|>", "<|endoftext|>"]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -129,7 +129,7 @@ def _device() -> Finding:
 def _dtype() -> Finding:
     import torch
 
-    from agentkit.runtime.load import _dtype as choose  # pyright: ignore[reportPrivateUsage]
+    from agentkit.runtime.load import choose_dtype as choose
 
     device = _chosen_device()
     dtype = choose(device)
@@ -140,16 +140,16 @@ def _dtype() -> Finding:
 
 
 def _chosen_device() -> torch.device:
-    from agentkit.runtime.load import _device as choose  # pyright: ignore[reportPrivateUsage]
+    from agentkit.runtime.load import choose_device as choose
 
     return choose("auto")
 
 
 def _memory() -> Finding:
     """Free memory, beside what the default model takes if it is installed."""
-    from agentkit.runtime.load import _available_memory  # pyright: ignore[reportPrivateUsage]
+    from agentkit.runtime.load import available_memory
 
-    free = _available_memory()
+    free = available_memory()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     try:

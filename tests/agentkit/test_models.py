@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from agentkit.runtime.errors import ModelError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentkit import models
 from agentkit.models import Installed, Pinned, check, home, installed, pull, pull_pinned, resolve
+from agentkit.runtime.errors import ModelError
 from tests.qwen import qwen_folder
 from tests.smol import smol_path
 

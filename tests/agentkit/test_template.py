@@ -5,14 +5,14 @@ import re
 from typing import Any
 
 import pytest
-from agentkit.runtime.errors import ModelError
-from agentkit.runtime.vocab import Vocabulary
-from agentkit.runtime.weights import open_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from agentkit.runtime.errors import ModelError
+from agentkit.runtime.vocab import Vocabulary
+from agentkit.runtime.weights import open_checkpoint
 from agentkit.schema import Json
 from agentkit.template import Assistant, Call, ChatTemplate, Message, Shield, System, Tag, ToolResult, User
 from agentkit.tool import tool
@@ -87,14 +87,14 @@ def as_text(messages: list[Message]) -> list[Json]:
     for message in messages:
         content = message.text
         if isinstance(message, ToolResult):
-            content = f"<tool_response>\n{content}\n</tool_response>"
+            content = f"The result of {message.name}:\n{content}"
             if after_result:
                 chat[-1]["content"] += "\n" + content
                 continue
         elif isinstance(message, Assistant):
             calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
             tagged = [f"<tool_call>\n{json.dumps(c, ensure_ascii=False)}\n</tool_call>" for c in calls]
-            content = "\n".join(([content] if content else []) + tagged)
+            content += "\n" * bool(content and tagged) + "".join(tagged)
         after_result = isinstance(message, ToolResult)
         role = "user" if isinstance(message, ToolResult) else message.role.value
         chat.append({"role": role, "content": content})
@@ -284,6 +284,16 @@ def test_the_compact_form_lists_one_tool_a_line_after_the_instructions():
     )
     alone = PLAIN.vocab.decode(PLAIN.encode_start([User("hi")], [now]))
     assert alone.startswith("<|im_start|>system\nYou can call these tools:\nnow()")
+
+
+def test_the_compact_form_writes_calls_side_by_side_and_results_in_words():
+    said = Assistant("Let me see.", (Call("now", {}), Call("grep", {"pattern": "x"})))
+    ids = PLAIN.encode_start([User("hi"), said, ToolResult("now", "noon"), ToolResult("grep", "none")])
+    assert PLAIN.vocab.decode(ids).partition("<|im_start|>assistant\n")[2] == (
+        'Let me see.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        '<tool_call>\n{"name": "grep", "arguments": {"pattern": "x"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\nThe result of now:\nnoon\nThe result of grep:\nnone<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_compact_tags_are_control_tokens_where_the_vocabulary_has_them():

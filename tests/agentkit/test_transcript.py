@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from agentkit.runtime.errors import AgentError
-from agentkit.runtime.vocab import Vocabulary
-from agentkit.runtime.weights import open_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from agentkit.runtime.errors import AgentError
+from agentkit.runtime.vocab import Vocabulary
+from agentkit.runtime.weights import open_checkpoint
 from agentkit.template import Assistant, Call, ChatTemplate, Message, System, ToolResult, User
 from agentkit.transcript import Log, Transcript
 from tests.qwen import qwen_folder

@@ -9,13 +9,13 @@ from typing import Any
 import anyio
 import pytest
 import torch
+
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.load import Options, load_engine
 from agentkit.runtime.request import Request, Sampling
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
-
 from tests import smol, tiny
 
 #: Below this distance of the two best logits, the order of additions decides and either token is right.

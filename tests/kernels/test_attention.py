@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agentkit.kernels.attention import Work, merge, paged_attention, paged_attention_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from agentkit.kernels.attention import Work, merge, paged_attention, paged_attention_reference
 
 SLOTS = 96
 

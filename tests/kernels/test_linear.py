@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from agentkit.kernels.linear import int4_linear, int4_linear_reference, pack_int4
 from agentkit.kernels.norm import rms_norm, rms_norm_reference
 from agentkit.kernels.rope import angles, rotate_, rotate_reference

@@ -7,6 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from agentkit.kernels.sample import (
     Filter,
     apply_mask_,
@@ -17,8 +20,6 @@ from agentkit.kernels.sample import (
     log_probabilities,
     penalize_,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 filters = st.builds(
     Filter,

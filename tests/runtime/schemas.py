@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+
 from agentkit.runtime.closing import Closer
 from agentkit.runtime.grammar import Grammar, Matcher
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from agentkit.runtime.config import ModelConfig, RopeScaling
-from agentkit.runtime.errors import ModelError
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from agentkit.runtime.config import ModelConfig, RopeScaling
+from agentkit.runtime.errors import ModelError
 
 QWEN3_4B = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -16,10 +16,6 @@ import gguf.quants
 import numpy as np
 import pytest
 import torch
-from agentkit.runtime.config import RopeScaling
-from agentkit.runtime.errors import ModelError
-from agentkit.runtime.vocab import Vocabulary, byte_alphabet
-from agentkit.runtime.weights import Blocks, open_checkpoint
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +30,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from agentkit.runtime.config import RopeScaling
+from agentkit.runtime.errors import ModelError
+from agentkit.runtime.vocab import Vocabulary, byte_alphabet
+from agentkit.runtime.weights import Blocks, open_checkpoint
 from tests.qwen import qwen_folder
 from tests.smol import smol_path
 

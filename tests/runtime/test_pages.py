@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from agentkit.runtime.pages import Corruption, Owner, PagePool
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentkit.runtime.pages import Corruption, Owner, PagePool
 
 
 def take(pool: PagePool, after: int | None = None) -> int:

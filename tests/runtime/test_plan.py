@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
 from agentkit.runtime.plan import Scheduler

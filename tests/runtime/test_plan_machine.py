@@ -11,14 +11,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.pages import Owner, PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import Node, PrefixTree
 from agentkit.runtime.sequence import Plan, Sequence, State
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
 

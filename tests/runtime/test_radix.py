@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from agentkit.runtime.pages import Corruption, Owner, PagePool
-from agentkit.runtime.radix import Node, PrefixTree
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentkit.runtime.pages import Corruption, Owner, PagePool
+from agentkit.runtime.radix import Node, PrefixTree
 
 SIZE = 4
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from agentkit.runtime.errors import AgentError
-from agentkit.runtime.text import Detokenizer, Piece, Screened, StopStrings
-from agentkit.runtime.vocab import Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from agentkit.runtime.errors import AgentError
+from agentkit.runtime.text import Detokenizer, Piece, Screened, StopStrings
+from agentkit.runtime.vocab import Vocabulary
 
 CONTROL = ("<|end|>", "<tool_call>")
 

@@ -8,14 +8,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from agentkit.runtime.errors import ModelError
-from agentkit.runtime.vocab import Vocabulary, byte_alphabet
-from agentkit.runtime.weights import open_checkpoint
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from agentkit.runtime.errors import ModelError
+from agentkit.runtime.vocab import Vocabulary, byte_alphabet
+from agentkit.runtime.weights import open_checkpoint
 from tests import qwen
 from tests.smol import smol_path
 

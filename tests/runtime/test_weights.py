@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from agentkit.runtime.errors import ModelError
-from agentkit.runtime.weights import Checkpoint, open_checkpoint, required_tensors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +18,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from agentkit.runtime.errors import ModelError
+from agentkit.runtime.weights import Checkpoint, open_checkpoint, required_tensors
 
 Header = dict[str, Any]
 SIZES: dict[str, Any] = {
