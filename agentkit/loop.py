@@ -201,7 +201,7 @@ class Loop(Generic[Out]):
         return turn
 
     async def _read(
-        self, generation: Generation, turn: _Turn, start: Callable[..., None], seconds: float | None
+        self, generation: Generation, turn: _Turn, start: Callable[..., object], seconds: float | None
     ) -> None:
         """Take in a turn; when its time is up, have the engine bring it to its end."""
         detokenizer = Detokenizer(self.job.engine.vocab)
@@ -228,7 +228,7 @@ class Loop(Generic[Out]):
         self.meter.tokens += len(turn.ids)
         self.emit(TurnFinished(self.meter.step, turn.finish.usage))
 
-    def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., None]) -> None:
+    def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., object]) -> None:
         for event in events:
             self.emit(event)
             if isinstance(event, TextDelta | OutputDelta):

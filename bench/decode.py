@@ -98,7 +98,10 @@ def measure_ours(engine: Engine, prompt: list[int], new: int, times: int) -> dic
 
 def measure_transformers(path: Path, dtype: torch.dtype, prompt: list[int], new: int, times: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
 
     def generate(ids: list[int], tokens: int) -> float:
@@ -129,16 +132,17 @@ def main() -> None:
     args = parser.parse_args()
     times, new = (1, 32) if args.quick else (5, 128)
     path = resolve(args.model)
-    read, (operations, fastest) = bandwidth(), rate()
-    engine = load_engine(path, Options())
+    engine = load_engine(path, Options())  # first: a team of OpenMP threads on this thread would slow the engine's
     prompt = engine.vocab.encode(TEXT * 100)[:1024]
     config = engine.runner.model.config  # pyright: ignore
     linear = config.layers * config.hidden * (
         (config.heads * 2 + config.kv_heads * 2) * config.head_dim + 3 * config.intermediate
     )  # fmt: skip
-    floor = {"prefill": operations / (2 * linear), "decode": read / engine.runner.weight_bytes}
-    figures = {"ours": measure_ours(engine, prompt, new, times), "floor": floor}
+    figures = {"ours": measure_ours(engine, prompt, new, times)}
     engine.close()
+    read, (operations, fastest) = bandwidth(), rate()
+    floor = {"prefill": operations / (2 * linear), "decode": read / engine.runner.weight_bytes}
+    figures["floor"] = floor
     for dtype in (torch.float32, torch.bfloat16):
         name = f"transformers {str(dtype).removeprefix('torch.')}"
         figures[name] = measure_transformers(path, dtype, prompt, new, times)

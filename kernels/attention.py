@@ -76,11 +76,14 @@ def paged_attention(query: Tensor, keys: Tensor, values: Tensor, work: Sequence[
         raise ValueError(f"keys, values: {tuple(keys.shape)}, {tuple(values.shape)} do not fit {tuple(query.shape)}")
     if query.device.type != "cpu":
         return paged_attention_reference(query, keys, values, work, scale)
+    grouped = query.view(query.shape[0], 1, keys.shape[1], -1, query.shape[2])
     parts = [
-        (_decode if item.rows == 1 else _prefill)(query.narrow(0, item.start, item.rows), keys, values, item, scale)
+        _decode(grouped[item.start], keys, values, item, scale)
+        if item.rows == 1
+        else _prefill(query.narrow(0, item.start, item.rows), keys, values, item, scale)
         for item in work
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(query.shape)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -89,11 +92,11 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
 
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, item: Work, scale: float) -> Tensor:
-    """One query row ``[1, heads, d]``. The heads of a group become rows of one product, so keys are read once."""
-    kv_heads, d = keys.shape[1:]
-    packed = q.view(1, kv_heads, -1, d)
-    parts = [_flash(packed, _run(keys, run), _run(values, run), scale) for run in item.runs]
-    return merge(parts).view(q.shape)
+    """One query row ``[1, kv_heads, group, d]``: the heads of a group are rows of one product, so keys are read once."""
+    if len(item.runs) == 1:
+        run = item.runs[0]
+        return _flash(q, _run(keys, run), _run(values, run), scale)[0]
+    return merge([_flash(q, _run(keys, run), _run(values, run), scale) for run in item.runs])
 
 
 def _run(pool: Tensor, run: tuple[int, int]) -> Tensor:
@@ -121,7 +124,7 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Work, scale: float) 
     else:  # the chunk straddles runs: only its own tokens are put together, never the context
         mine = torch.cat([keys[a : a + n] for a, n in own]), torch.cat([values[a : a + n] for a, n in own])
     parts.append(_flash(grouped, heads(mine[0]), heads(mine[1]), scale, causal=True))
-    return merge(parts).permute(2, 0, 1, 3).reshape(q.shape)
+    return merge(parts).permute(2, 0, 1, 3).reshape(item.rows, kv_heads, -1, d)
 
 
 def _split(runs: Sequence[tuple[int, int]], at: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-#: Above this many rows torch's 4-bit CPU product loses to a dense fp32 one: 6,864 against 8,315 µs at 16 rows of
-#: 49,152 × 576, but 419 against 413 µs at 3,072 × 576 and 137 against 107 at 960 × 576 (`bench/linear.py`).
-MAX_ROWS = 8
+#: Above about this many rows the dense fp32 product is faster: the nibbles' cost grows with the rows, the dense one is
+#: bound by reading its eight times as many bytes (`bench/linear.py`).
+MAX_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,6 @@ def int4_linear(x: Tensor, weight: Int4) -> Tensor:
         weight: the packed matrix.
 
     Returns:
-        ``[t, rows]`` in the dtype of ``x``.
+        ``[t, rows]`` bf16, the precision of the product.
     """
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight.nibbles, GROUP, weight.scales)
-    return y.to(x.dtype)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight.nibbles, GROUP, weight.scales)

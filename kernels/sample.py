@@ -60,7 +60,7 @@ def apply_mask_(logits: Tensor, mask: Tensor) -> None:
         logits.copy_(apply_mask_reference(logits, mask))
         return
     bits = np.unpackbits(mask.numpy().view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    logits.masked_fill_(torch.from_numpy(bits) == 0, -math.inf)
+    logits.masked_fill_(torch.from_numpy(bits) == 0, -math.inf)  # pyright: ignore[reportUnknownMemberType]
 
 
 def penalize_(logits: Tensor, seen: Tensor, penalty: float) -> None:

@@ -111,7 +111,7 @@ class Engine:
         allowed[list(self.vocab.end_ids)] = True
         padded = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
         padded[:vocab_size] = allowed
-        return torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))
+        return torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))  # pyright: ignore[reportUnknownMemberType]
 
     # The caller's side: any thread, any event loop.
 

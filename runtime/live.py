@@ -122,15 +122,16 @@ class Live:
         if self._seen:
             penalize_(logits, torch.tensor(sorted(self._seen)), sampling.repetition_penalty)
         token = draw(logits, sampling.filter, sampling.seed, len(self.sequence.ids))
-        score = None
-        if sampling.logprobs is not None:
-            logprob, top = log_probabilities(raw, token, sampling.logprobs)
-            score = Score(token, logprob, tuple(top))
         ids, reason = self._follow(token)
-        self._decoded += 1
-        self._forced += len(ids) - 1
+        taken = ids[:1] == [token]  # not where the budget has no room for it
+        self._decoded += taken
+        self._forced += len(ids) - taken
         if sampling.repetition_penalty != 1:
             self._seen.update(ids)
+        score = None
+        if taken and sampling.logprobs is not None:
+            logprob, top = log_probabilities(raw, token, sampling.logprobs)
+            score = Score(token, logprob, tuple(top))
         return Chunk(tuple(ids), score), None if reason is None else Finish(reason, self.usage())
 
     def _follow(self, token: int) -> tuple[list[int], Reason | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
 from agentkit.runtime.model import Model
 from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,6 +65,15 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     name = name or str(path)
     if options.dtype != "auto" and options.dtype not in _DTYPES:
         raise ModelError(f"dtype {options.dtype!r} is not known; use auto, float32 or bfloat16")
+    # Loading runs parallel loops. Had they run on the caller's thread, its team of OpenMP threads would live on beside
+    # the engine's, and with more threads than cores libgomp lets them sleep between loops instead of spinning: a decode
+    # step then takes twice as long (`bench/decode.py`). A thread that ends takes its team with it.
+    with ThreadPoolExecutor(1, "agentkit-load") as loader:
+        runner, vocab, sizes = loader.submit(_build, path, options, name).result()
+    return Engine(runner, vocab, sizes, name)
+
+
+def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabulary, Sizes]:
     device = choose_device(options.device)
     dtype = choose_dtype(device) if options.dtype == "auto" else _DTYPES[options.dtype]
     checkpoint = open_checkpoint(path)
@@ -89,7 +100,7 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
         step_tokens=options.step_tokens,
         running=options.running,
     )
-    return Engine(TorchRunner(model, pages, options.page_size), vocab, sizes, name)
+    return TorchRunner(model, pages, options.page_size), vocab, sizes
 
 
 def choose_device(name: str) -> torch.device:

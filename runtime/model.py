@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``y = x @ W + b``; a few rows use the packed form of ``W`` where there is one.
+    """``y = x @ W + b``; a few rows use the packed form of ``W`` where there is one, and come out in bf16.
 
     ``weight`` is ``[inputs, outputs]``, the transpose of how checkpoints store it: with 4 to 16 rows torch's CPU
     product is up to twice as fast that way round (`bench/linear.py`), and no slower with more.
@@ -125,14 +125,14 @@ class Model:
         x = F.embedding(batch.ids, self.embedding).to(self.dtype)
         eps = self.config.norm_eps
         for layer, cache in zip(self.layers, kv, strict=True):
-            x = x + self._attention(layer, rms_norm(x, layer.attention_norm, eps), cos, sin, batch, cache)
+            x += self._attention(layer, rms_norm(x, layer.attention_norm, eps), cos, sin, batch, cache)
             gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
+            x += layer.down(F.silu(gate).mul_(up))
         return self._logits(rms_norm(x[batch.sampled], self.norm, eps))
 
     def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         c = self.config
-        heads = layer.qkv(x).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
+        heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(heads[:, : c.heads], layer.q_norm, c.norm_eps)
             k = rms_norm(heads[:, c.heads : c.heads + c.kv_heads], layer.k_norm, c.norm_eps)
