@@ -28,6 +28,7 @@ from agentkit.runtime.vocab import Vocabulary
 from agentkit.schema import Json, signature
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_RESULT_OPEN, _RESULT_CLOSE = "<tool_response>", "</tool_response>"
 # A word that no chat and no template holds, to be found again in a rendering; letters are never shielded.
 _PROBE = "agentkitprobe7f3a"
 
@@ -317,8 +318,7 @@ def _compact(messages: Iterable[Message]) -> list[Json]:
     results: list[str] = []
     for message in messages:
         if isinstance(message, ToolResult):
-            # In words: a model never trained on tags around a result repeats them in place of an answer.
-            results.append(f"The result of {message.name}:\n{message.text}")
+            results.append(f"{_RESULT_OPEN}\n{message.text}\n{_RESULT_CLOSE}")
             continue
         compact += [_plain(User("\n".join(results)))] if results else []
         results = []

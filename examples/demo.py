@@ -11,9 +11,9 @@ help.
 from __future__ import annotations
 
 import time
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import anyio
 from pydantic import BaseModel, Field
@@ -33,7 +33,6 @@ from agentkit import (
 )
 
 TEXTS = Path(__file__).parent / "texts"
-Weekday = Literal["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
 @tool
@@ -49,15 +48,15 @@ def first_line(file: str) -> str:
 
 
 @tool
-def weekday(day: date) -> str:
-    """Tell which day of the week a date is."""
-    return f"{day} is a {day:%A}"
+def last_line(file: str) -> str:
+    """Read the last line of a text file."""
+    return (TEXTS / file).read_text(encoding="utf-8").splitlines()[-1]
 
 
 @tool
-def add_days(day: date, days: int) -> str:
-    """Add a number of days to a date."""
-    return f"{days} days after {day} it is {day + timedelta(days=days)}"
+def file_size(file: str) -> str:
+    """Tell how many bytes a text file has."""
+    return f"{file} has {(TEXTS / file).stat().st_size} bytes"
 
 
 @tool
@@ -77,9 +76,9 @@ class FileFacts(BaseModel):
     first_line: Annotated[str, Field(max_length=80)]
 
 
-class Dates(BaseModel):
-    weekday: Weekday
-    later: date
+class FileEnd(BaseModel):
+    last_line: Annotated[str, Field(max_length=80)]
+    bytes: Annotated[int, Field(ge=0, le=100_000)]
 
 
 class Numbers(BaseModel):
@@ -95,8 +94,8 @@ class Bill(BaseModel):
 
 TASKS: list[tuple[str, list[Any], type[BaseModel]]] = [
     ("How many words are in bakery.txt, and what is its first line?", [count_words, first_line], FileFacts),
-    ("Which day of the week is 2026-03-14, and which date is 30 days later?", [weekday, add_days], Dates),
-    ("What is 17 plus 25, and what is 17 times 25?", [add, multiply], Numbers),
+    ("What is the last line of bookshop.txt, and how many bytes has it?", [last_line, file_size], FileEnd),
+    ("What is the sum and the product of 17 and 25?", [add, multiply], Numbers),
 ]
 
 

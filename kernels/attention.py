@@ -92,7 +92,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) 
 
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, item: Work, scale: float) -> Tensor:
-    """One query row ``[1, kv_heads, group, d]``: the heads of a group are rows of one product, so keys are read once."""
+    """One query row ``[1, kv_heads, group, d]``: heads of a group are rows of one product, so keys are read once."""
     if len(item.runs) == 1:
         run = item.runs[0]
         return _flash(q, _run(keys, run), _run(values, run), scale)[0]

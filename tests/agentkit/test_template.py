@@ -87,7 +87,7 @@ def as_text(messages: list[Message]) -> list[Json]:
     for message in messages:
         content = message.text
         if isinstance(message, ToolResult):
-            content = f"The result of {message.name}:\n{content}"
+            content = f"<tool_response>\n{content}\n</tool_response>"
             if after_result:
                 chat[-1]["content"] += "\n" + content
                 continue
@@ -292,7 +292,8 @@ def test_the_compact_form_writes_calls_side_by_side_and_results_in_words():
     assert PLAIN.vocab.decode(ids).partition("<|im_start|>assistant\n")[2] == (
         'Let me see.\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
         '<tool_call>\n{"name": "grep", "arguments": {"pattern": "x"}}\n</tool_call><|im_end|>\n'
-        "<|im_start|>user\nThe result of now:\nnoon\nThe result of grep:\nnone<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\n<tool_response>\nnoon\n</tool_response>\n<tool_response>\nnone\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
