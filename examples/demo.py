@@ -50,7 +50,7 @@ def first_line(file: str) -> str:
 @tool
 def last_line(file: str) -> str:
     """Read the last line of a text file."""
-    return (TEXTS / file).read_text(encoding="utf-8").splitlines()[-1]
+    return f'{file} ends with "{(TEXTS / file).read_text(encoding="utf-8").splitlines()[-1]}"'
 
 
 @tool
