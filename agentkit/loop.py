@@ -100,6 +100,7 @@ class _Turn:
     records: dict[int, CallRecord] = field(default_factory=dict[int, CallRecord])
     ids: list[int] = field(default_factory=list[int])
     finish: Finish | None = None
+    unfinished: bool = False  # its budget ended before it came to a call or an answer
 
 
 class Loop(Generic[Out]):
@@ -126,7 +127,7 @@ class Loop(Generic[Out]):
         while True:
             reached = self.meter.reached
             turn = await self._turn(reached)
-            if reached is None and not turn.ids:
+            if reached is None and turn.unfinished:
                 reached = "tokens"  # what is left of them holds no call, but it may hold an answer
                 turn = await self._turn(reached)
             text = "".join(turn.text)
@@ -211,8 +212,13 @@ class Loop(Generic[Out]):
 
         async def read() -> None:
             async for chunk in generation:
+                if chunk.closing and final is not None and parser.in_text:
+                    turn.unfinished = True  # the way out of text is a call that the model has not chosen
+                    continue
+                turn.ids.extend(chunk.ids)
+                act = self._refuse if chunk.closing else self._act
                 for piece in detokenizer.feed_many(chunk.ids):
-                    self._take(turn, parser.feed(piece), start)
+                    self._take(turn, parser.feed(piece), partial(start, act))
 
         with anyio.move_on_after(seconds) as scope:
             await read()
@@ -220,12 +226,13 @@ class Loop(Generic[Out]):
             self.job.engine.hasten(generation)
             await read()
         for piece in detokenizer.flush():
-            self._take(turn, parser.feed(piece), start)
-        self._take(turn, parser.end(), start)
+            self._take(turn, parser.feed(piece), partial(start, self._act))
+        self._take(turn, parser.end(), partial(start, self._act))
         assert generation.finish is not None
-        turn.ids, turn.finish = generation.ids, generation.finish
+        turn.finish = generation.finish
+        turn.unfinished |= not turn.ids
         self.usage += turn.finish.usage
-        self.meter.tokens += len(turn.ids)
+        self.meter.tokens += len(generation.ids)
         self.emit(TurnFinished(self.meter.step, turn.finish.usage))
 
     def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., object]) -> None:
@@ -236,7 +243,7 @@ class Loop(Generic[Out]):
             elif isinstance(event, CallReady):
                 turn.calls.append(Call(event.name, event.arguments))
                 self.meter.calls[event.name] = self.meter.calls.get(event.name, 0) + 1
-                start(self._act, turn, event)
+                start(turn, event)
 
     # act
 
@@ -256,6 +263,13 @@ class Loop(Generic[Out]):
         except Exception as error:
             text = f"Error: {type(error).__name__}: {error}"
         record = CallRecord(call.name, call.arguments, text, failed, time.monotonic() - began)
+        turn.records[call.index] = record
+        self.emit(ToolFinished(call.index, record))
+
+    async def _refuse(self, turn: _Turn, call: CallReady) -> None:
+        """A call whose arguments were cut short by the budget is not made: half a file name is another file."""
+        text = "Error: this call was cut at the token limit and has not been made. Make it again with less in it."
+        record = CallRecord(call.name, call.arguments, text, True, 0.0)
         turn.records[call.index] = record
         self.emit(ToolFinished(call.index, record))
 

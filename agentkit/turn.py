@@ -258,6 +258,11 @@ class TurnParser:
             pass
         return events
 
+    @property
+    def in_text(self) -> bool:
+        """Whether the turn stands in text, neither in a call nor in a typed output."""
+        return self._state is _State.TEXT and not self._calls and self._kind is not OutputDelta
+
     def end(self) -> list[Event]:
         """The text that was still held back, once the turn has ended."""
         held, self._held = self._held, ""

@@ -132,7 +132,7 @@ class Live:
         if taken and sampling.logprobs is not None:
             logprob, top = log_probabilities(raw, token, sampling.logprobs)
             score = Score(token, logprob, tuple(top))
-        return Chunk(tuple(ids), score), None if reason is None else Finish(reason, self.usage())
+        return Chunk(tuple(ids), score, closing=not taken), None if reason is None else Finish(reason, self.usage())
 
     def _follow(self, token: int) -> tuple[list[int], Reason | None]:
         """The sampled id and those that certainly come after it, cut where the output ends.

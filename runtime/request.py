@@ -126,10 +126,12 @@ class Chunk:
     Attributes:
         ids: in order, at least one.
         score: of the sampled one, where the request asked for log-probabilities.
+        closing: nothing here was chosen: the budget is at its end, and this is the shortest way to a complete output.
     """
 
     ids: tuple[int, ...]
     score: Score | None = None
+    closing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

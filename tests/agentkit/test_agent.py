@@ -217,6 +217,24 @@ async def test_limit_of_tokens_completes_the_document() -> None:
     assert result.usage.decoded + result.usage.forced <= 190
 
 
+async def test_a_call_cut_by_the_budget_is_not_made() -> None:
+    written: list[str] = []
+
+    @tool
+    def write(text: str) -> str:
+        """Write."""
+        written.append(text)
+        return "done"
+
+    # The script cannot say how the engine closes the call; the real model's choices do not matter here either.
+    with pytest.raises(ScriptError) as caught, scripted(call("write", text="x" * 300)):
+        async with Agent([write], limits=Limits(turn_tokens=120)).stream("?") as run:
+            async for _ in run:
+                pass
+    assert "does not allow" in str(caught.value)
+    assert written == []
+
+
 async def test_limit_of_seconds_cancels_tools_and_answers() -> None:
     cancelled = anyio.Event()
 

@@ -215,10 +215,10 @@ async def test_hastened_output_is_complete(engine: Engine) -> None:
     [
         ("{not json", "not JSON"),
         ('{"type": "strin"}', "not valid"),
-        ('{"enum": []}', ""),
-        ('{"type": "integer", "minimum": 5, "maximum": 3}', ""),
+        ('{"enum": []}', "(?i)enum|satisf|valid"),
+        ('{"type": "integer", "minimum": 5, "maximum": 3}', "(?i)minimum|satisf|unsat|range|enforced"),
         ('{"$ref": "http://example.com/x.json"}', "another document"),
-        ('{"not": {"type": "string"}}', ""),
+        ('{"not": {"type": "string"}}', "(?i)not"),
         ("false", "nothing satisfies"),
     ],
 )
