@@ -198,12 +198,16 @@ def complete(matcher: Matcher, search: Search, text: bytes, limit: int) -> list[
 
 @dataclass(slots=True)
 class _Node:
-    """A state the search has reached: the path to it, what that costs, and where in JSON it is."""
+    """A state the search has reached: the path to it, what that costs, and where in JSON it is.
+
+    `text` is the end of what was written, from which the beginning of JSON is told; kept outside JSON only.
+    """
 
     matcher: Matcher
     path: list[int]
     cost: float
     context: Context | None
+    text: bytes = b""
 
     def __lt__(self, other: _Node) -> bool:
         return len(self.path) > len(other.path)  # of equals the one that has come furthest
@@ -234,7 +238,7 @@ class Search:
 
     def run(self, matcher: Matcher, text: bytes, limit: int) -> list[int] | None:
         """A path of at most `limit` ids to a state that may stop."""
-        start = _Node(matcher.fork(), [], 0.0, self._hints.context(text))
+        start = _Node(matcher.fork(), [], 0.0, self._hints.context(text), text)
         heap: _Heap = []
         seen: set[tuple[object, ...]] = set()
         self._push(heap, start, limit)
@@ -283,12 +287,11 @@ class Search:
     def _step(self, node: _Node, matcher: Matcher, move: Sequence[int], cost: float) -> _Node:
         text = b"".join(map(self._bytes, move))
         if node.context is not None:
-            context = node.context.after(text)
-        elif self._hints.marker:
-            context = self._hints.context(b"".join(map(self._bytes, node.path)) + text)
+            context, text = node.context.after(text), b""
         else:
-            context = None
-        return _Node(matcher, [*node.path, *move], node.cost + cost, context)
+            text = node.text + text
+            context = self._hints.context(text) if self._hints.marker else None
+        return _Node(matcher, [*node.path, *move], node.cost + cost, context, text)
 
     def _contents(self, node: _Node, limit: int) -> list[list[int]]:
         """Short paths to where the string, number or free text that `node` stands in may end."""
@@ -314,7 +317,7 @@ class Search:
         """The shortest end that an example has from some place on."""
         for ids in self._endings:
             if len(ids) <= limit and node.matcher.validate(ids) == len(ids):
-                inner = _Node(node.matcher.fork(), [], 0.0, node.context)
+                inner = _Node(node.matcher.fork(), [], 0.0, node.context, node.text)
                 if all(map(inner.matcher.advance, ids)):
                     inner = self._step(inner, inner.matcher, ids, 0)
                     if self._ends(inner, self._legal(inner.matcher)[1]):
@@ -326,7 +329,7 @@ class Search:
         heap: _Heap = []
         seen: set[tuple[int, int]] = set()
         found: list[list[int]] = []
-        self._push(heap, _Node(node.matcher.fork(), [], 0.0, node.context), limit)
+        self._push(heap, _Node(node.matcher.fork(), [], 0.0, node.context, node.text), limit)
         for _ in range(expansions):
             if not heap or len(found) == _ENDS:
                 break
@@ -348,7 +351,7 @@ class Search:
 
     def _fill_up(self, node: _Node, limit: int) -> list[list[int]]:
         """An end found by taking the longest legal words, as a least length wants it."""
-        inner = _Node(node.matcher.fork(), [], 0.0, node.context)
+        inner = _Node(node.matcher.fork(), [], 0.0, node.context, node.text)
         while len(inner.path) < limit:
             legal = self._legal(inner.matcher)[1]
             if inner.path and self._ends(inner, legal):

@@ -293,3 +293,30 @@ def test_ninety_four_tools_make_one_grammar():
     grammar = QWEN.compiler.submit(spec).result()
     assert accepts(grammar, QWEN.encode("", [Call("tool_93", {"path": "x", "lines": []})]))
     assert not accepts(grammar, QWEN.encode("", [Call("tool_94", {"path": "x", "lines": []})]))
+
+
+@BOTH
+def test_a_call_can_be_completed_from_each_of_its_tokens(model: Setting):
+    """Were a completion not found, a budget smaller than the grammar's reserve would end the call there and then."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "location": {"type": "string", "description": "City and state."},
+            "cuisine": {"type": "string"},
+            "max_distance": {"type": "integer"},
+        },
+        "required": ["location", "cuisine"],
+        "additionalProperties": False,
+    }
+    spec = turn_spec([Sig("restaurant.find_nearby", schema)], None, model.tags, choice="required")
+    assert spec is not None
+    grammar = model.compiler.submit(spec).result()
+    arguments = {"location": "Seattle, WA", "cuisine": "Chinese", "max_distance": 10}
+    matcher = grammar.matcher()
+    for token in model.encode("", [Call("restaurant.find_nearby", arguments)]):
+        assert matcher.advance(token)
+        ids = matcher.completion(grammar.minimum + 20)
+        assert ids is not None, f"nothing was found after {token}"
+        fork = matcher.fork()
+        assert all(map(fork.advance, ids))
+        assert fork.can_stop()
