@@ -1,24 +1,27 @@
-"""One-step products on the CPU: why weights are stored transposed, and up to how many rows nibbles are multiplied.
+"""One-step products on the CPU: the form in which each matrix of a model is kept, and up to how many rows.
 
     python bench/linear.py [--quick] [--json FILE]
 
 Each row is a matrix of SmolLM2-135M. The floor is the bytes of the fp32 matrix over the read bandwidth measured here;
-a matrix that stays in a cache between repetitions beats it.
+a matrix that stays in a cache between repetitions beats it, so that small forms look alike here and differ in a model
+(`bench/decode.py`). "plain" is torch's own product of the matrix as checkpoints store it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from agentkit.kernels.linear import MAX_ROWS, int4_linear, pack_int4
+from agentkit.kernels.linear import dense_linear, half_linear, int4_linear, int4_rows, pack_dense, pack_half, pack_int4
 
-SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate, up": (3072, 576), "down": (576, 1536)}
+SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate, up": (3072, 576), "down": (576, 1536), "head": (49152, 576)}
 ROWS = (1, 4, 8, 16, 64)
 
 
@@ -43,28 +46,41 @@ def main() -> None:
     data = torch.zeros(64 << 20)
     bandwidth = data.numel() * 4 / (microseconds(data.sum, 1) * 1e-6)
     print(f"torch {torch.__version__} · {torch.get_num_threads()} threads · reads {bandwidth / 1e9:.1f} GB/s · µs\n")
-    print(f"{'matrix':<12}{'rows':>5}{'floor':>8}{'x @ W.T':>10}{'x @ Wt':>10}{'int4':>8}")
+    columns = ("floor", "plain", "packed", "bf16 plain", "bf16 packed", "fp16", "int4")
+    print(f"{'matrix':<12}{'rows':>5}" + "".join(f"{c:>12}" for c in columns))
     figures: dict[str, dict[str, float]] = {}
-    totals = dict.fromkeys(ROWS, 0.0)
+    gains: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for name, (outputs, inputs) in SHAPES.items():
+        repeated = max(1, repeats // 50) if name == "head" else repeats
         weight = torch.randn(outputs, inputs)
-        transposed = weight.T.contiguous()
+        small = weight.to(torch.bfloat16)
+        packed, small_packed, half = pack_dense(weight), pack_dense(small), pack_half(weight)
         q = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
-        packed = pack_int4(q, torch.rand(outputs, inputs // 32), torch.rand(outputs, inputs // 32))
-        floor = weight.numel() * 4 / bandwidth * 1e6
+        nibbles = pack_int4(q, torch.rand(outputs, inputs // 32), torch.rand(outputs, inputs // 32))
         for rows in ROWS:
             x = torch.randn(rows, inputs)
-            stored = microseconds(lambda x=x, w=weight: torch.nn.functional.linear(x, w), repeats)
-            ours = microseconds(lambda x=x, w=transposed: x @ w, repeats)
-            int4 = microseconds(lambda x=x, w=packed: int4_linear(x, w), repeats)
-            figures[f"{name} {rows}"] = {"floor": floor, "x @ W.T": stored, "x @ Wt": ours, "int4": int4}
-            totals[rows] += stored / ours / len(SHAPES)
-            print(f"{name:<12}{rows:>5}{floor:>8.0f}{stored:>10.0f}{ours:>10.0f}{int4:>8.0f}")
+            y = x.to(torch.bfloat16)
+            forms: dict[str, Callable[[], object]] = {
+                "plain": lambda x=x, w=weight: F.linear(x, w),
+                "packed": lambda x=x, w=packed: dense_linear(x, w),
+                "bf16 plain": lambda x=y, w=small: F.linear(x, w),
+                "bf16 packed": lambda x=y, w=small_packed: dense_linear(x, w),
+                "int4": lambda x=y, w=nibbles: int4_linear(x, w),
+            }
+            if half is not None:
+                forms["fp16"] = lambda x=x, w=half: half_linear(x, w)
+            row = {"floor": weight.numel() * 4 / bandwidth * 1e6}
+            row |= {form: microseconds(run, repeated) for form, run in forms.items()}
+            figures[f"{name} {rows}"] = row
+            gains[rows].append(row["plain"] / row["packed"])
+            print(f"{name:<12}{rows:>5}" + "".join(f"{row[c]:>12.0f}" if c in row else f"{'–':>12}" for c in columns))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    gains = ", ".join(f"{gain:.1f}x at {rows}" for rows, gain in totals.items())
-    print(f"\ntransposed weights: {gains} rows (target 1 or more); nibbles are used up to {MAX_ROWS} rows")
+    said = ", ".join(f"{statistics.mean(gain):.1f}x at {rows}" for rows, gain in gains.items())
+    limits = f"{int4_rows(torch.bfloat16)} (bf16) and {int4_rows(torch.float32)} (fp32)"
+    print(f"\npacked over plain in fp32: {said} rows (target 1 or more); nibbles are used up to {limits} rows")
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()

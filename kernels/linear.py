@@ -1,7 +1,9 @@
-"""Weight-only 4-bit linear: ``y = x @ W.T`` with ``W`` kept as nibbles, a scale and a minimum per 32 columns.
+"""Linear maps ``y = x @ W.T`` on the CPU, in the form that moves the fewest bytes or wastes the fewest cycles.
 
-A decode step is bound by the bytes of the weights, so the nibbles are multiplied as they are. The form is that of
-GGUF's Q4_1 (``w = q * scale + minimum``); Q4_0 is the same with ``minimum = -8 * scale``.
+A decode step is bound by the bytes of the weights, so 4-bit weights are multiplied as they are; the form is that of
+GGUF's Q4_1 (``w = q * scale + minimum``), and Q4_0 is the same with ``minimum = -8 * scale``. More rows take a dense
+matrix that was put into oneDNN's blocked layout once: the plain product reorders it at every call. The output head
+is kept in fp16 and multiplied in fp32, because logits are needed in fp32. `bench/linear.py` prints what each costs.
 """
 
 from __future__ import annotations
@@ -9,12 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32
-#: Above about this many rows the dense fp32 product is faster: the nibbles' cost grows with the rows, the dense one is
-#: bound by reading its eight times as many bytes (`bench/linear.py`).
-MAX_ROWS = 16
+#: Steps vary between one row and hundreds; a layout made for this many is within a few percent of the best for all.
+_ROWS_PACKED_FOR = 16
+
+
+def int4_rows(dtype: torch.dtype) -> int:
+    """Up to how many rows nibbles are multiplied rather than the dense matrix.
+
+    Their cost grows with the rows, that of the dense product is bound by reading eight times (fp32) or four times
+    (bf16) as many bytes. Measured by `bench/linear.py` and `bench/decode.py`.
+    """
+    return 8 if dtype is torch.bfloat16 else 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +94,60 @@ def int4_linear(x: Tensor, weight: Int4) -> Tensor:
         ``[t, rows]`` bf16, the precision of the product.
     """
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight.nibbles, GROUP, weight.scales)
+
+
+def pack_dense(weight: Tensor) -> Tensor:
+    """A matrix in oneDNN's blocked layout, where torch has oneDNN for it; otherwise as it is.
+
+    Args:
+        weight: ``[n, k]``, bf16 or fp32.
+
+    Returns:
+        An opaque tensor for `dense_linear`.
+    """
+    native = weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not native:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_PACKED_FOR)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + b``.
+
+    Args:
+        x: ``[t, k]`` in the dtype of the matrix.
+        weight: ``[n, k]``, or what `pack_dense` made of it.
+        bias: ``[n]``.
+
+    Returns:
+        ``[t, n]`` in the same dtype.
+    """
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def pack_half(weight: Tensor) -> torch.ScriptObject | None:
+    """A matrix as fp16 for `half_linear`; None where this processor or the matrix's range does not allow it.
+
+    Args:
+        weight: ``[n, k]`` of any float dtype.
+    """
+    if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    if not float(weight.abs().max()) <= torch.finfo(torch.float16).max:
+        return None
+    return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+
+def half_linear(x: Tensor, weight: torch.ScriptObject) -> Tensor:
+    """``x @ W.T`` with fp16 weights, fp32 activations, products and sums.
+
+    Args:
+        x: ``[t, k]`` fp32.
+        weight: from `pack_half`.
+
+    Returns:
+        ``[t, n]`` fp32.
+    """
+    return torch.ops.quantized.linear_dynamic_fp16(x, weight)

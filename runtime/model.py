@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit.kernels.attention import Work, paged_attention
-from agentkit.kernels.linear import MAX_ROWS, Int4, int4_linear, pack_int4
+from agentkit.kernels.linear import (
+    Int4,
+    dense_linear,
+    half_linear,
+    int4_linear,
+    int4_rows,
+    pack_dense,
+    pack_half,
+    pack_int4,
+)
 from agentkit.kernels.norm import rms_norm
 from agentkit.kernels.rope import angles, rotate_
 from agentkit.runtime.rope import inverse_frequencies
@@ -40,23 +49,54 @@ class Batch:
     sampled: Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class Linear:
-    """``y = x @ W + b``; a few rows use the packed form of ``W`` where there is one, and come out in bf16.
+    """``y = x @ W.T + b``; a few rows use the nibbles of ``W`` where there are any, and come out in bf16.
 
-    ``weight`` is ``[inputs, outputs]``, the transpose of how checkpoints store it: with 4 to 16 rows torch's CPU
-    product is up to twice as fast that way round (`bench/linear.py`), and no slower with more.
+    Args:
+        weight: ``[outputs, inputs]``.
+        bias: ``[outputs]``.
+        nibbles: the same matrix in 4 bits.
+
+    Attributes:
+        weight_bytes: what a step of one row reads.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    packed: Int4 | None = None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, nibbles: Int4 | None = None) -> None:
+        self.bias, self.nibbles = bias, nibbles
+        self.weight_bytes = _bytes(nibbles.nibbles, nibbles.scales) if nibbles is not None else _bytes(weight)
+        self.weight = pack_dense(weight)
+        self._few = int4_rows(weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is not None and x.shape[0] <= MAX_ROWS:
-            y = int4_linear(x, self.packed)
+        if self.nibbles is not None and x.shape[0] <= self._few:
+            y = int4_linear(x, self.nibbles)
             return y if self.bias is None else y + self.bias
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return dense_linear(x, self.weight, self.bias)
+
+
+class Head:
+    """Logits in fp32 from the last hidden states.
+
+    A GPU product can return fp32 from a table of fewer bits. On the CPU torch's cannot, so there the table is fp16
+    multiplied in fp32, or, where the results have to be exact, fp32 itself.
+
+    Args:
+        table: ``[vocab_size, hidden]``, the embedding's own tensor where the model ties them.
+        half: allow fp16.
+    """
+
+    def __init__(self, table: Tensor, half: bool) -> None:
+        self._half = pack_half(table) if half else None
+        wide = table.device.type == "cpu" and self._half is None
+        self._table = table.float() if wide else table  # the same tensor if it is fp32 already
+        self.weight_bytes = table.numel() * (2 if self._half is not None else self._table.element_size())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._half is not None:
+            return half_linear(x.float(), self._half)
+        if x.device.type == "cpu":
+            return F.linear(x.float(), self._table)
+        return torch.mm(x, self._table.T, out_dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +120,8 @@ class Model:
         checkpoint: where configuration and weights come from.
         device: where to run.
         dtype: of activations, weights and KV.
-        packed: keep 4-bit GGUF weights as nibbles for steps of few rows, beside the dense form that prefill uses.
+        packed: on a CPU, keep 4-bit GGUF weights as nibbles for steps of few rows, beside the dense form that prefill
+            uses, and the output head in fp16.
 
     Attributes:
         config: the shape.
@@ -92,20 +133,15 @@ class Model:
         self.config = checkpoint.config
         self.device, self.dtype = device, dtype
         load = _Loader(checkpoint, device, dtype, packed and device.type == "cpu")
-        # Logits are needed in fp32. A GPU product can return fp32 from a bf16 table; torch's CPU product cannot, so
-        # there the table itself is fp32, still one tensor for embedding and head where the model ties them.
-        table = torch.float32 if device.type == "cpu" else dtype
-        self.embedding = load.tensor("model.embed_tokens.weight", table)
-        self.head = self.embedding if self.config.tied else load.tensor("lm_head.weight", table)
+        self.embedding = load.tensor("model.embed_tokens.weight")
+        self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
         self.layers = [load.layer(i) for i in range(self.config.layers)]
         self.norm = load.tensor("model.norm.weight")
         frequencies, self.rope_scale = inverse_frequencies(self.config)
         self.frequencies = frequencies.to(device)
         self.kv_shape = (2, self.config.kv_heads, self.config.head_dim)
-        self.weight_bytes = _bytes(self.head) + sum(
-            _bytes(*(linear.packed.nibbles, linear.packed.scales) if linear.packed else (linear.weight,))
-            for layer in self.layers
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        self.weight_bytes = self.head.weight_bytes + sum(
+            linear.weight_bytes for x in self.layers for linear in (x.qkv, x.out, x.gate_up, x.down)
         )
 
     def forward(self, batch: Batch, kv: Tensor) -> Tensor:
@@ -122,13 +158,13 @@ class Model:
         """
         cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
         cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        x = F.embedding(batch.ids, self.embedding).to(self.dtype)
+        x = F.embedding(batch.ids, self.embedding)
         eps = self.config.norm_eps
         for layer, cache in zip(self.layers, kv, strict=True):
             x += self._attention(layer, rms_norm(x, layer.attention_norm, eps), cos, sin, batch, cache)
             gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps)).chunk(2, -1)
             x += layer.down(F.silu(gate).mul_(up))
-        return self._logits(rms_norm(x[batch.sampled], self.norm, eps))
+        return self.head(rms_norm(x[batch.sampled], self.norm, eps))
 
     def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         c = self.config
@@ -141,11 +177,6 @@ class Model:
         cache.index_copy_(0, batch.slots, heads[:, c.heads :].view(-1, *self.kv_shape))
         y = paged_attention(heads[:, : c.heads], cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return F.linear(x.float(), self.head)
-        return torch.mm(x, self.head.T, out_dtype=torch.float32)
 
 
 class _Loader:
@@ -161,7 +192,7 @@ class _Loader:
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One product for several matrices of the same input."""
-        weight = torch.cat([self.tensor(f"{name}.weight") for name in names]).T.contiguous()
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         b = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
         return Linear(weight, b, self._int4(names) if self.packed else None)
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agentkit.kernels.linear import int4_linear, int4_linear_reference, pack_int4
+from agentkit.kernels.linear import (
+    dense_linear,
+    half_linear,
+    int4_linear,
+    int4_linear_reference,
+    pack_dense,
+    pack_half,
+    pack_int4,
+)
 from agentkit.kernels.norm import rms_norm, rms_norm_reference
 from agentkit.kernels.rope import angles, rotate_, rotate_reference
 
@@ -33,6 +41,42 @@ def test_shapes_that_cannot_be_packed_are_refused(shape: tuple[int, int]) -> Non
 def test_scales_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="^scale, minimum:"):
         pack_int4(torch.zeros((16, 64), dtype=torch.uint8), torch.zeros(16, 1), torch.zeros(16, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 130])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_product_equals_the_product_of_the_matrix(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, offset = torch.randn(rows, 96).to(dtype), torch.randn(80, 96).to(dtype), torch.randn(80).to(dtype)
+    with torch.inference_mode():
+        got = dense_linear(x, pack_dense(weight), offset if bias else None)
+        plain = dense_linear(x, weight, offset if bias else None)
+    want = x.double() @ weight.double().T + (offset.double() if bias else 0)
+    assert got.dtype is dtype
+    assert (got - want).norm() <= 2 * (plain - want).norm() + 1e-6
+
+
+HALF = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has the fp16 product on x86 only"
+)
+
+
+@HALF
+@pytest.mark.parametrize("rows", [1, 5, 16, 130])
+def test_half_product_loses_no_more_than_the_rounding_of_its_weights(rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 96), torch.randn(80, 96)
+    packed = pack_half(weight)
+    assert packed is not None
+    got = half_linear(x, packed)
+    assert got.dtype is torch.float32
+    assert (got - x @ weight.half().float().T).abs().max() < 1e-4
+
+
+def test_weights_beyond_the_range_of_fp16_are_not_packed_as_such() -> None:
+    assert pack_half(torch.full((16, 32), 1e5)) is None
+    assert pack_half(torch.full((16, 32), torch.nan)) is None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
