@@ -1,9 +1,15 @@
-"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), alone and after a residual sum."""
 
+# pyright: basic
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from agentkit.kernels.jit import jit, tl, triton
+
+#: A row lies in the registers of one program: at 16 warps this is 32 values of fp32 a thread.
+_WIDEST = 16384
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,15 +22,112 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         ``[..., n]`` in the dtype of ``x``. The normalised value is rounded to that dtype before it meets the
-        weight, as transformers does; bf16 results differ otherwise.
+        weight, as transformers does; bf16 results differ otherwise. fp64 stays fp64 throughout.
     """
-    wide = x.float()
+    wide = x if x.dtype is torch.float64 else x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
 
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Definition: the new residual ``residual + x`` in their dtype, and `rms_norm_reference` of it.
+
+    Args:
+        x: ``[..., n]``, what a block adds to the stream.
+        residual: ``[..., n]``, the stream.
+        weight: ``[n]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``(residual + x, its norm)``, new tensors.
+    """
+    total = residual + x
+    return total, rms_norm_reference(total, weight, eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_reference`, in one fused call where that gives the same rounding (fp32)."""
+    """`rms_norm_reference`: a kernel on a GPU, one fused call on the CPU where that rounds the same (fp32).
+
+    Raises:
+        ValueError: on a GPU, shapes or dtypes that do not fit; it names the argument.
+    """
+    if x.device.type == "cuda":
+        return launch_rms_norm(x, weight, eps)
     if x.dtype is torch.float32:
         return torch.rms_norm(x, (x.shape[-1],), weight, eps)
     return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`add_rms_norm_reference`, the sum in place of ``residual``.
+
+    Args:
+        x: ``[..., n]``, not changed.
+        residual: ``[..., n]``, becomes ``residual + x``.
+        weight: ``[n]``.
+        eps: added to the mean square.
+
+    Returns:
+        ``[..., n]``, the norm of the sum.
+
+    Raises:
+        ValueError: on a GPU, shapes or dtypes that do not fit; it names the argument.
+    """
+    if x.device.type == "cuda":
+        return launch_rms_norm(x, weight, eps, residual)
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Launch the kernel: `add_rms_norm` with a residual, `rms_norm` without.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; it names the argument.
+    """
+    n = x.shape[-1]
+    if not 0 < n <= _WIDEST:
+        raise ValueError(f"x: rows of {n} values, expected 1 to {_WIDEST}")
+    if weight.shape != (n,) or weight.dtype is not x.dtype or not weight.is_contiguous():
+        raise ValueError(f"weight: expected {n} consecutive values of {x.dtype}, got {weight.dtype} {weight.shape}")
+    rows = x.reshape(-1, n)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
+        raise ValueError(f"residual: {residual.dtype} {residual.shape} is not like x, {x.dtype} {x.shape}")
+    if residual is not None and not residual.is_contiguous():
+        raise ValueError(f"residual: strides {residual.stride()}, expected a contiguous tensor, it is changed in place")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    block = triton.next_power_of_2(n)
+    _rms_norm[(rows.shape[0],)](
+        rows,
+        residual if residual is not None else out,
+        weight,
+        out,
+        rows.stride(0),
+        eps,
+        N=n,
+        BLOCK=block,
+        ADD=residual is not None,
+        num_warps=min(16, max(1, block // 512)),
+    )
+    return out
+
+
+@jit
+def _rms_norm(x, residual, weight, out, x_row, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One row. ``residual`` and ``out`` are contiguous, rows of ``x`` are ``x_row`` values apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < N
+    value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * N + column, mask=inside, other=0.0).to(tl.float32)
+        total = value.to(residual.dtype.element_ty)
+        tl.store(residual + row * N + column, total, mask=inside)
+        value = total.to(tl.float32)  # the norm of what was stored, so that a later norm of the stream agrees
+    scale = tl.rsqrt(tl.sum(value * value, 0) / N + eps)
+    normal = (value * scale).to(out.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * N + column, (normal * factor).to(out.dtype.element_ty), mask=inside)

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agentkit.kernels.sample import apply_mask_
+from agentkit.kernels.sample import Rows, sample
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import GrammarCompiler
@@ -23,7 +23,7 @@ from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
-from agentkit.runtime.request import Request
+from agentkit.runtime.request import Chunk, Finish, Request
 from agentkit.runtime.runner import Runner
 from agentkit.runtime.sequence import Plan
 from agentkit.runtime.vocab import Vocabulary
@@ -272,9 +272,7 @@ class Engine:
 
     def _step(self) -> None:
         """Plan, run, sample. An error here ends the requests that were in the step, not the engine."""
-        for live in list(self._live.values()):
-            if live.parked is not None and live.ready:
-                self._emit(live, live.parked)
+        self._emit_parked()
         if not any(live.parked is None for live in self._live.values()):
             return
         plan = self._scheduler.plan()
@@ -294,9 +292,7 @@ class Engine:
         self._scheduler.complete(plan)
         self._steps += 1
         self._computed += sum(entry.n for entry in plan.entries)
-        for live, row, bits in zip(taking, logits, mask, strict=True):
-            if live.generation.rid in self._live:
-                self._take(live, row, bits)
+        self._take(taking, logits, mask)
 
     def _fill(self, taking: list[Live]) -> Tensor:
         """Mask rows of the sequences that will sample, filled while the forward pass runs."""
@@ -308,41 +304,57 @@ class Engine:
                 live.refused = error
         return mask
 
-    def _take(self, live: Live, logits: Tensor, mask: Tensor) -> None:
-        """Sample a sequence's next token, or keep its logits until its grammar has been compiled."""
-        if not live.ready:
-            live.parked = logits.clone()
-            return
-        if live.matcher is None and live.grammar is not None:  # compiled while this very step ran
-            self._emit(live, logits)
-            return
-        self._emit(live, logits, mask)
+    def _take(self, taking: list[Live], logits: Tensor, mask: Tensor) -> None:
+        """Go on with the sequences of a step; the logits of those whose grammar is being compiled are kept."""
+        chosen: list[int] = []
+        for i, live in enumerate(taking):
+            if not live.ready or live.unmasked:  # compiled by now perhaps, but not when its mask was filled
+                live.parked = logits[i].clone()
+            else:
+                chosen.append(i)
+        if len(chosen) < len(taking):
+            taking, logits, mask = [taking[i] for i in chosen], logits[chosen], mask[chosen]
+        if taking:
+            self._emit(taking, logits, mask)
 
-    def _emit(self, live: Live, logits: Tensor, mask: Tensor | None = None) -> None:
-        """Turn logits into ids, hand them to the caller, and end the request where they say so."""
-        live.parked = None
-        if mask is None:
-            mask = self._fill([live])[0]
-        try:
-            if live.refused is not None:
-                raise live.refused
-            raw = logits.clone() if live.generation.request.sampling.logprobs is not None else logits
-            apply_mask_(logits.unsqueeze(0), mask.unsqueeze(0))
-            chunk, finish = live.advance(logits, raw)
-        except AgentError as error:
-            live.generation.push(error)
-            self._drop(live.generation.rid)
-            return
-        except Exception as error:
-            live.generation.push(EngineError(f"sampling failed: {error!r}"))
-            self._drop(live.generation.rid)
-            return
-        self._scheduler.append(live.generation.rid, chunk.ids)
+    def _emit_parked(self) -> None:
+        """Go on with the sequences whose grammar has been compiled meanwhile."""
+        parked = [(live, live.parked) for live in self._live.values() if live.parked is not None and live.ready]
+        if parked:
+            lives = [live for live, _ in parked]
+            self._emit(lives, torch.stack([logits for _, logits in parked]), self._fill(lives))
+
+    def _emit(self, lives: list[Live], logits: Tensor, mask: Tensor) -> None:
+        """Turn logits into ids, hand them to the callers, and end the requests where they say so."""
+        raw = [live.penalize(row) for live, row in zip(lives, logits, strict=True)]
+        samplings = [live.generation.request.sampling for live in lives]
+        places = [len(live.sequence.ids) for live in lives]
+        rows = Rows.of([s.filter for s in samplings], [s.seed for s in samplings], places, logits.device)
+        sampled = sample(logits, mask.to(logits.device), rows)
+        tokens = cast("list[int]", sampled.ids.tolist())  # pyright: ignore[reportUnknownMemberType]
+        for live, token, row in zip(lives, tokens, raw, strict=True):
+            live.parked = None
+            try:
+                if live.refused is not None:
+                    raise live.refused
+                chunk, finish = live.advance(token, row)
+            except AgentError as error:
+                live.generation.push(error)
+                self._drop(live.generation.rid)
+            except Exception as error:
+                live.generation.push(EngineError(f"sampling failed: {error!r}"))
+                self._drop(live.generation.rid)
+            else:
+                self._hand_out(live, chunk, finish)
+
+    def _hand_out(self, live: Live, chunk: Chunk, finish: Finish | None) -> None:
+        rid = live.generation.rid
+        self._scheduler.append(rid, chunk.ids)
         if chunk.ids:  # none where the budget ends with an output that is complete as it stands
             live.generation.push(chunk)
         if finish is not None:
-            self._live.pop(live.generation.rid)
-            self._scheduler.finish(live.generation.rid)
+            self._live.pop(rid)
+            self._scheduler.finish(rid)
             live.generation.push(finish)
 
     def _fail(self, plan: Plan, cause: Exception) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from agentkit.kernels.sample import draw, log_probabilities, penalize_
+from agentkit.kernels.sample import log_probabilities, penalize_
 from agentkit.runtime.closing import Closer
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
@@ -70,6 +70,11 @@ class Live:
         return self.grammar is None or self.grammar.done()
 
     @property
+    def unmasked(self) -> bool:
+        """Whether it has a grammar that no mask has been filled from yet."""
+        return self.grammar is not None and self.matcher is None and self.refused is None
+
+    @property
     def runnable(self) -> bool:
         """Whether a step could move it on."""
         return self.parked is None or self.ready
@@ -111,17 +116,29 @@ class Live:
         self.matcher, self._reserve = grammar.matcher(), grammar.reserve + 2 * grammar.minimum
         self._closer = Closer(self.matcher, self._reserve)
 
-    def advance(self, logits: Tensor, raw: Tensor) -> tuple[Chunk, Finish | None]:
-        """Choose the next id, add what the grammar forces, and say whether the output has ended.
+    def penalize(self, logits: Tensor) -> Tensor:
+        """Apply the repetition penalty to ``[v]`` fp32 in place.
 
-        Args:
-            logits: ``[v]`` fp32, masked.
-            raw: ``[v]`` fp32, before the mask; read only where log-probabilities are wanted.
+        Returns:
+            The logits as the model gave them, for log-probabilities.
         """
         sampling = self.generation.request.sampling
+        raw = logits
         if self._seen:
-            penalize_(logits, torch.tensor(sorted(self._seen)), sampling.repetition_penalty)
-        token = draw(logits, sampling.filter, sampling.seed, len(self.sequence.ids))
+            raw = logits.clone() if sampling.logprobs is not None else logits
+            penalize_(logits, torch.tensor(sorted(self._seen), device=logits.device), sampling.repetition_penalty)
+        return raw
+
+    def advance(self, token: int, raw: Tensor) -> tuple[Chunk, Finish | None]:
+        """Take the sampled id, add what the grammar forces, and say whether the output has ended.
+
+        Args:
+            token: what was sampled; negative if nothing could be.
+            raw: ``[v]`` fp32, the model's logits; read only where log-probabilities are wanted.
+        """
+        if token < 0:
+            raise ValueError("no token is allowed here, or the logits are not numbers")
+        sampling = self.generation.request.sampling
         ids, reason = self._follow(token)
         taken = ids[:1] == [token]  # not where the budget has no room for it
         self._decoded += taken

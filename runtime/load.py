@@ -34,7 +34,7 @@ class Options:
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
             GPU: nine tenths of it).
-        page_size: tokens in a KV page.
+        page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
     """
@@ -44,7 +44,7 @@ class Options:
     packed: bool = True
     context: int | None = None
     kv_bytes: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     step_tokens: int = 512
     running: int = 64
 
@@ -81,26 +81,27 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     model = Model(checkpoint, device, dtype, options.packed)
     config = checkpoint.config
     token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
-    pages = _pages(options, config.max_positions, token_bytes, device)
+    page_size = options.page_size or (64 if device.type == "cuda" else 16)
+    pages = _tokens(options, config.max_positions, token_bytes, device) // page_size
     if pages < 1:
         raise CapacityError(
-            f"kv_bytes leaves no room for one page of {options.page_size} tokens, which takes "
-            f"{token_bytes * options.page_size:,} bytes for {name}: raise it"
+            f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
+            f"{token_bytes * page_size:,} bytes for {name}: raise it"
         )
-    limit = min(config.max_positions, pages * options.page_size)
+    limit = min(config.max_positions, pages * page_size)
     if options.context is not None and options.context > limit:
         raise CapacityError(
             f"context {options.context} is more than {name} can hold: the model has {config.max_positions} positions "
-            f"and the pool {pages * options.page_size} tokens. Lower it, or raise kv_bytes."
+            f"and the pool {pages * page_size} tokens. Lower it, or raise kv_bytes."
         )
     sizes = Sizes(
         context=options.context or limit,
         pages=pages,
-        page_size=options.page_size,
+        page_size=page_size,
         step_tokens=options.step_tokens,
         running=options.running,
     )
-    return TorchRunner(model, pages, options.page_size), vocab, sizes
+    return TorchRunner(model, pages, page_size, options.step_tokens, options.running), vocab, sizes
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,17 +122,17 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _pages(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:
-    """Pages of the pool."""
+def _tokens(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:
+    """Tokens that the pool may hold."""
     if options.kv_bytes is not None:
-        return options.kv_bytes // (token_bytes * options.page_size)
+        return options.kv_bytes // token_bytes
     wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         affordable = int(free * 0.9) // token_bytes
     else:
         affordable = available_memory() // 4 // token_bytes
-    return min(wanted, affordable) // options.page_size
+    return min(wanted, affordable)
 
 
 def available_memory() -> int:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit.kernels.attention import Work, paged_attention
+from agentkit.kernels.cache import HeadNorms, rotate_and_write
+from agentkit.kernels.flash import Layout
 from agentkit.kernels.linear import (
     Int4,
     dense_linear,
@@ -24,8 +26,10 @@ from agentkit.kernels.linear import (
     pack_half,
     pack_int4,
 )
-from agentkit.kernels.norm import rms_norm
-from agentkit.kernels.rope import angles, rotate_
+from agentkit.kernels.norm import add_rms_norm, rms_norm
+from agentkit.kernels.plan import Plan
+from agentkit.kernels.rope import angles
+from agentkit.kernels.silu import silu_mul
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
 
@@ -45,7 +49,7 @@ class Batch:
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    work: Sequence[Work]
+    work: Sequence[Work] | Layout | Plan
     sampled: Tensor
 
 
@@ -105,8 +109,7 @@ class Layer:
 
     attention_norm: Tensor
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: HeadNorms | None
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -157,25 +160,23 @@ class Model:
             ``[r, vocab_size]`` fp32.
         """
         cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
-        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        x = F.embedding(batch.ids, self.embedding)
         eps = self.config.norm_eps
-        for layer, cache in zip(self.layers, kv, strict=True):
-            x += self._attention(layer, rms_norm(x, layer.attention_norm, eps), cos, sin, batch, cache)
-            gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, eps)).chunk(2, -1)
-            x += layer.down(F.silu(gate).mul_(up))
-        return self.head(rms_norm(x[batch.sampled], self.norm, eps))
+        stream = F.embedding(batch.ids, self.embedding)
+        x = rms_norm(stream, self.layers[0].attention_norm, eps)
+        following = [*(layer.attention_norm for layer in self.layers[1:]), None]
+        for layer, cache, norm in zip(self.layers, kv, following, strict=True):
+            x = self._attention(layer, x, cos, sin, batch, cache)
+            x = add_rms_norm(x, stream, layer.mlp_norm, eps)
+            x = layer.down(silu_mul(layer.gate_up(x)))
+            if norm is not None:
+                x = add_rms_norm(x, stream, norm, eps)
+        return self.head(rms_norm((stream + x)[batch.sampled], self.norm, eps))
 
     def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         c = self.config
         heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(heads[:, : c.heads], layer.q_norm, c.norm_eps)
-            k = rms_norm(heads[:, c.heads : c.heads + c.kv_heads], layer.k_norm, c.norm_eps)
-            heads = torch.cat([q, k, heads[:, c.heads + c.kv_heads :]], 1)
-        rotate_(heads[:, : c.heads + c.kv_heads], cos, sin)
-        cache.index_copy_(0, batch.slots, heads[:, c.heads :].view(-1, *self.kv_shape))
-        y = paged_attention(heads[:, : c.heads], cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
+        query = rotate_and_write(heads, cos, sin, batch.slots, cache, layer.head_norms)
+        y = paged_attention(query, cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))
 
 
@@ -213,13 +214,16 @@ class _Loader:
         return Layer(
             attention_norm=self.tensor(at + "input_layernorm.weight"),
             qkv=self.linear(*(f"{attention}{x}_proj" for x in "qkv"), bias=c.qkv_bias),
-            q_norm=self.tensor(attention + "q_norm.weight") if c.qk_norm else None,
-            k_norm=self.tensor(attention + "k_norm.weight") if c.qk_norm else None,
+            head_norms=self._head_norms(attention) if c.qk_norm else None,
             out=self.linear(attention + "o_proj"),
             mlp_norm=self.tensor(at + "post_attention_layernorm.weight"),
             gate_up=self.linear(mlp + "gate_proj", mlp + "up_proj"),
             down=self.linear(mlp + "down_proj"),
         )
+
+    def _head_norms(self, attention: str) -> HeadNorms:
+        query, key = (self.tensor(f"{attention}{x}_norm.weight") for x in "qk")
+        return HeadNorms(query, key, self.checkpoint.config.norm_eps)
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkit.kernels.attention import Work, merge, paged_attention, paged_attention_reference
+from agentkit.kernels.attention import Work, paged_attention, paged_attention_reference
+from agentkit.kernels.flash import Layout, merge
 
 SLOTS = 96
 
@@ -17,14 +18,14 @@ def works(draw: st.DrawFn) -> tuple[Work, ...]:
     """Work items whose rows follow each other; their contexts may share slots, as sequences with one prefix do."""
     items: list[Work] = []
     start = 0
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, 7))):
         runs: list[tuple[int, int]] = []
         for _ in range(draw(st.integers(1, 4))):
             first = draw(st.integers(0, SLOTS - 1))
             length = draw(st.integers(1, SLOTS - first))
             runs.append((first, length))
         context = sum(length for _, length in runs)
-        rows = draw(st.integers(1, min(context, 24)))
+        rows = draw(st.just(1) | st.integers(1, min(context, 24)))
         items.append(Work(start, rows, tuple(runs)))
         start += rows
     return tuple(items)
@@ -72,6 +73,16 @@ def test_context_is_never_copied() -> None:
         paged_attention(torch.zeros(1, 4, 64), keys, keys, work, 0.125)
     allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
     assert allocated < keys.numel() * keys.element_size() / 4
+
+
+def test_of_long_contexts_no_row_is_gathered_however_many_there_are() -> None:
+    keys = torch.zeros(4096, 2, 64)
+    work = [Work(i, 1, ((i * 512, 300),)) for i in range(8)]
+    layout = Layout(work, torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        layout.attend(torch.zeros(8, 4, 64), keys, keys, 0.125)
+    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    assert allocated < 8 * 300 * 2 * 64 * 4 / 4
 
 
 def test_merge_of_one_piece_is_that_piece() -> None:

@@ -1,0 +1,175 @@
+"""Paged attention on the CPU by torch's tiled attention, over the pages where they lie.
+
+A step is laid out once and then used by every layer. Long contexts are read in place, run by run. A call for a short
+one costs more than its arithmetic, so decode rows over short contexts are gathered, at most `_SHORT` tokens each, and
+answered by one call together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Up to this many tokens of context a row is gathered (`bench/attention.py`: copying them costs less than the call).
+_SHORT = 256
+#: From this many such rows on.
+_MANY = 4
+
+Part = tuple[Tensor, Tensor]
+
+
+class Item(Protocol):
+    """Query rows of one sequence and where its context lies: `agentkit.kernels.attention.Work`."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]: ...
+    @property
+    def context(self) -> int: ...
+
+
+class Layout:
+    """A step's attention, ready for every layer.
+
+    Args:
+        work: items whose rows follow each other and cover the batch.
+        dtype: of queries, keys and values.
+    """
+
+    def __init__(self, work: Sequence[Item], dtype: torch.dtype) -> None:
+        short = [item for item in work if item.rows == 1 and item.context <= _SHORT]
+        self._short = short if len(short) >= _MANY else []
+        gathered = {item.start for item in self._short}
+        self._others = [item for item in work if item.rows > 1 or item.start not in gathered]
+        if self._short:
+            self._rows = torch.tensor([item.start for item in self._short])
+            self._slots, self._mask = _padded(self._short, dtype)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """`agentkit.kernels.attention.paged_attention_reference` for the step.
+
+        Args:
+            query: ``[t, heads, d]``.
+            keys: ``[slots, kv_heads, d]``.
+            values: ``[slots, kv_heads, d]``.
+            scale: factor on the products.
+
+        Returns:
+            ``[t, heads, d]``.
+        """
+        if not self._short and len(self._others) == 1:
+            return _attend(query, keys, values, self._others[0], scale)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for item in self._others:
+            rows = query.narrow(0, item.start, item.rows)
+            out.narrow(0, item.start, item.rows).copy_(_attend(rows, keys, values, item, scale))
+        if self._short:
+            out[self._rows] = self._gathered(query[self._rows], keys, values, scale)
+        return out
+
+    def _gathered(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        n, (kv_heads, d) = len(self._short), keys.shape[1:]
+
+        def gather(pool: Tensor) -> Tensor:
+            return pool.index_select(0, self._slots).view(n, -1, kv_heads, d).transpose(1, 2)
+
+        q = query.view(n, kv_heads, -1, d)
+        mask = self._mask.expand(-1, -1, q.shape[2], -1)
+        return _flash(q, gather(keys), gather(values), scale, mask=mask)[0].reshape(query.shape)
+
+
+def _padded(items: Sequence[Item], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Slots ``[n * longest]`` of contexts padded with their own first slot, and what is added to scores."""
+    longest = max(item.context for item in items)
+    slots = torch.empty(len(items), longest, dtype=torch.int64)
+    mask = torch.zeros(len(items), 1, 1, longest, dtype=dtype)
+    for row, item in enumerate(items):
+        at = 0
+        for first, length in item.runs:
+            torch.arange(first, first + length, out=slots[row, at : at + length])
+            at += length
+        slots[row, at:] = item.runs[0][0]
+        mask[row, ..., at:] = -math.inf
+    return slots.flatten(), mask
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) -> Tensor:
+    """``[rows, heads, d]`` of one item."""
+    if item.rows > 1:
+        return _prefill(query, keys, values, item, scale).view(query.shape)
+    q = query.view(1, keys.shape[1], -1, query.shape[2])
+    return merge([_flash(q, _run(keys, run), _run(values, run), scale) for run in item.runs]).view(query.shape)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> Part:
+    """Torch's tiled attention, ``[b, h, rows, d]`` against ``[b, h, n, d]``, and its log-sum-exp."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def _run(pool: Tensor, run: tuple[int, int]) -> Tensor:
+    """``[1, kv_heads, n, d]``, a run of slots where they lie. One call: a decode step makes 60 of these per token."""
+    first, length = run
+    slot, head, _ = pool.stride()
+    return pool.as_strided(
+        (1, pool.shape[1], length, pool.shape[2]), (0, head, slot, 1), pool.storage_offset() + first * slot
+    )
+
+
+def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) -> Tensor:
+    """A block of rows ``[rows, heads, d]``: everything before it unmasked, its own tokens causal."""
+    kv_heads, d = keys.shape[1:]
+    past, own = _split(item.runs, item.context - item.rows)
+    grouped = q.view(item.rows, kv_heads, -1, d).permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
+
+    def heads(x: Tensor) -> Tensor:  # one kv head serves its group through a stride of zero
+        return x.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
+
+    parts = [_flash(grouped, heads(keys[a : a + n]), heads(values[a : a + n]), scale, causal=False) for a, n in past]
+    if len(own) == 1:
+        a, n = own[0]
+        mine = keys[a : a + n], values[a : a + n]
+    else:  # the chunk straddles runs: only its own tokens are put together, never the context
+        mine = torch.cat([keys[a : a + n] for a, n in own]), torch.cat([values[a : a + n] for a, n in own])
+    parts.append(_flash(grouped, heads(mine[0]), heads(mine[1]), scale, causal=True))
+    return merge(parts).permute(2, 0, 1, 3).reshape(item.rows, kv_heads, -1, d)
+
+
+def _split(runs: Sequence[tuple[int, int]], at: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Cut a list of runs after ``at`` tokens."""
+    before: list[tuple[int, int]] = []
+    after: list[tuple[int, int]] = []
+    for first, length in runs:
+        head = min(length, max(at, 0))
+        if head:
+            before.append((first, head))
+        if length > head:
+            after.append((first + head, length - head))
+        at -= head
+    return before, after
+
+
+def merge(parts: Sequence[Part]) -> Tensor:
+    """Combine attention over disjoint pieces of a context by their log-sum-exp.
+
+    Source: the online softmax of Milakov and Gimelshein 2018, arXiv:1805.02867.
+
+    Args:
+        parts: ``(output [..., rows, d], log-sum-exp [..., rows])`` of each piece.
+
+    Returns:
+        ``[..., rows, d]``, what one pass over all pieces would give.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    total = torch.logsumexp(torch.stack([lse for _, lse in parts]), 0)
+    out = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    for part, lse in parts:
+        out += part * (lse - total).exp().unsqueeze(-1)
+    return out.to(parts[0][0].dtype)
