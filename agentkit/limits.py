@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 #: Of a run's token limit, the share kept back so that there is room to answer.
 _RESERVE = 4
+#: Of the context, the share kept back for the same; at most as much as a turn may take.
+_CONTEXT_RESERVE = 32
 
-LimitName = Literal["steps", "tokens", "seconds"]
+LimitName = Literal["steps", "tokens", "seconds", "context"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +44,19 @@ class Limits:
 
 @dataclass(slots=True)
 class Meter:
-    """What a run has used of its limits."""
+    """What a run has used of its limits.
+
+    Attributes:
+        limits: of the run.
+        context: most tokens the conversation may have.
+        log: the conversation; it grows.
+        tools: whether there are any to take away.
+    """
 
     limits: Limits
+    context: int
+    log: Sequence[int]
+    tools: bool
     step: int = 0
     tokens: int = 0
     calls: dict[str, int] = field(default_factory=dict[str, int])
@@ -57,21 +70,49 @@ class Meter:
         return max(0.0, self.limits.seconds - (time.monotonic() - self.started))
 
     @property
+    def room(self) -> int:
+        """Tokens that still fit the context."""
+        return self.context - len(self.log)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of the context that calls and results leave for the answer."""
+        return min(self.limits.turn_tokens, self.context // _CONTEXT_RESERVE)
+
+    @property
     def reached(self) -> LimitName | None:
         """The limit that leaves room for nothing but an answer."""
         if self.seconds_left == 0:
             return "seconds"
         if self.limits.tokens is not None and self._tokens_left <= self.limits.tokens // _RESERVE:
             return "tokens"
-        return "steps" if self.step >= self.limits.steps - 1 else None
+        if self.step >= self.limits.steps - 1:
+            return "steps"
+        return "context" if self.tools and self.room <= 4 * self.reserve else None
+
+    def turn_tokens(self, answering: bool) -> int:
+        """Tokens the next turn may take; unless it is to answer, it leaves room for an answer."""
+        return max(1, min(self.limits.turn_tokens, self._budget(answering), self._space(answering)))
 
     @property
-    def turn_tokens(self) -> int:
-        """Tokens the next turn may take; unless it must answer, it leaves room for an answer."""
+    def scarcest(self) -> LimitName | None:
+        """The limit by which a turn gets less than `Limits.turn_tokens` to call; None if it gets all of them."""
+        if self.turn_tokens(False) == self.limits.turn_tokens:
+            return None
+        return "context" if self._space(False) < self._budget(False) else "tokens"
+
+    def _budget(self, answering: bool) -> int:
+        """What the run's token limit leaves for the next turn."""
         if self.limits.tokens is None:
             return self.limits.turn_tokens
-        reserve = 0 if self.reached else self.limits.tokens // _RESERVE
-        return max(1, min(self.limits.turn_tokens, self._tokens_left - reserve))
+        return self._tokens_left - (0 if answering else self.limits.tokens // _RESERVE)
+
+    def _space(self, answering: bool) -> int:
+        """What the context leaves for it: after a turn of calls their results must fit, and after those an answer.
+
+        A result cut down to nothing takes less than twice its call, so a third of the space is the turn's.
+        """
+        return self.room if answering or not self.tools else (self.room - self.reserve) // 3
 
     @property
     def _tokens_left(self) -> int:

@@ -31,6 +31,10 @@ from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, Turn
 
 Out = TypeVar("Out")
 _CHOICES = ("auto", "required", "none")
+#: Where results have less room than this each, what stands around them is counted too.
+_RESULT_TOKENS = 256
+#: A result of which less than this would be left at either end is left out whole.
+_SHORTEST_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class Loop(Generic[Out]):
         self, job: Job[Out], transcript: Transcript, emit: Callable[[Event | ToolFinished | TurnFinished], None]
     ):
         self.job, self.transcript, self.emit = job, transcript, emit
-        self.meter = Meter(job.limits)
+        self.meter = Meter(job.limits, job.engine.sizes.context, transcript.ids, bool(job.tools))
         self.usage = Usage()
         self.records: list[CallRecord] = []
 
@@ -128,7 +132,7 @@ class Loop(Generic[Out]):
             reached = self.meter.reached
             turn = await self._turn(reached)
             if reached is None and turn.unfinished:
-                reached = "tokens"  # what is left of them holds no call, but it may hold an answer
+                reached = self.meter.scarcest or "tokens"  # what is left holds no call, but it may hold an answer
                 turn = await self._turn(reached)
             text = "".join(turn.text)
             if turn.calls:
@@ -143,7 +147,7 @@ class Loop(Generic[Out]):
             try:
                 return self._result(text, stop)
             except OutputError as error:
-                if retried or self.meter.reached:
+                if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
                     raise
                 retried = True
                 self.transcript.append(User(f"This answer is not accepted: {error}. Answer again."))
@@ -151,11 +155,10 @@ class Loop(Generic[Out]):
     # prepare
 
     async def _request(self, reached: LimitName | None) -> Request:
-        room = self.job.engine.sizes.context - len(self.transcript.ids)
-        if room < 2:
+        if self.meter.room < 2:
             raise CapacityError(
                 f"the conversation has {len(self.transcript.ids)} tokens and fills the context of "
-                f"{self.job.engine.sizes.context}: begin a new session, or load the model with a larger `context`"
+                f"{self.meter.context}: begin a new session, or load the model with a larger `context`"
             )
         names = list(self.job.tools)
         allowed = self.meter.usable(names)
@@ -166,7 +169,7 @@ class Loop(Generic[Out]):
         spec = await self._spec(choice, allowed)
         return Request(
             ids=self.transcript.ids,
-            max_tokens=min(self.meter.turn_tokens, room),
+            max_tokens=self.meter.turn_tokens(reached is not None),
             grammar=spec,
             sampling=self.job.sampling,
         )
@@ -186,16 +189,19 @@ class Loop(Generic[Out]):
 
     async def _turn(self, reached: LimitName | None) -> _Turn:
         turn = _Turn()
+        request = await self._request(reached)
         failure: AgentError | None = None
         async with anyio.create_task_group() as tools:
             try:
-                async with self.job.engine.generate(await self._request(reached)) as generation:
+                async with self.job.engine.generate(request) as generation:
                     await self._read(
                         generation, turn, tools.start_soon, self.meter.seconds_left if not reached else None
                     )
             except AgentError as error:  # raised below: inside, it would come out as a group of exceptions
-                short = isinstance(error, CapacityError) and reached is None and self.job.limits.tokens is not None
-                failure = None if short else error
+                turn.unfinished = (
+                    isinstance(error, CapacityError) and reached is None and self.meter.scarcest is not None
+                )
+                failure = None if turn.unfinished else error
                 tools.cancel_scope.cancel()
         if failure is not None:
             raise failure
@@ -279,9 +285,15 @@ class Loop(Generic[Out]):
         """The results of a turn in the order of its calls, each cut to what the context can take."""
         ordered = [turn.records[i] for i in range(len(turn.calls))]
         self.records += ordered
-        room = self.job.engine.sizes.context - len(self.transcript.ids)
-        most = max(16, min(self.job.limits.result_tokens, room // (2 * len(ordered))))
-        return [ToolResult(r.name, self._cut(r.result, most)) for r in ordered]
+        room = self.meter.room - self.meter.reserve
+        most = min(self.job.limits.result_tokens, max(0, room) // (2 * len(ordered)))
+        results: list[Message] = [ToolResult(r.name, self._cut(r.result, most)) for r in ordered]
+        # Tags, names and notes take room as well, which counts only where there is hardly any.
+        encode = self.transcript.template.encode_next
+        while most and room < _RESULT_TOKENS * len(ordered) and len(encode(results)) > room:
+            most //= 2
+            results = [ToolResult(r.name, self._cut(r.result, most)) for r in ordered]
+        return results
 
     def _cut(self, text: str, most: int) -> str:
         """Keep head and tail of a text of more than ``most`` tokens, and say what is missing."""
@@ -289,7 +301,7 @@ class Loop(Generic[Out]):
         if len(text) <= most:  # a token is at least a byte, so this many characters need no counting
             return text
         # Tokens are at most a few characters; a megabyte need not be encoded whole to see that it is too long.
-        window = 16 * most
+        window = 16 * max(most, 1)
         if len(text) > 2 * window:
             head, tail = vocab.encode(text[:window]), vocab.encode(text[-window:])
             count = f"about {len(text) * (len(head) + len(tail)) // (2 * window)}"
@@ -299,6 +311,8 @@ class Loop(Generic[Out]):
             if len(head) <= most:
                 return text
         half = most // 2
+        if half < _SHORTEST_PART:
+            return f"[... cut: {count} tokens ...]"
         note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
         return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
 

@@ -120,8 +120,8 @@ class ToolFormat:
 
     Attributes:
         kind: ``native``: the chat template lists the tools and writes calls between `tags`. ``compact``: it
-            cannot, or writes calls in another form; then we put one line for each tool into the system
-            message, calls into the text of the messages in the same form, and results in words.
+            cannot, or writes calls in another form; then we put a few lines for each tool into the system
+            message, calls into the text of the messages in the same form, and results between tags.
         tags: around a call, in both kinds.
     """
 
@@ -198,7 +198,7 @@ class ChatTemplate:
             return self._fill([_native(message) for message in covered], cast("list[Json]", self._shield.cover(shown)))
         if tools:
             head = covered.pop(0).text if covered and isinstance(covered[0], System) else ""
-            listing = "\n".join(self._shield.text(_line(tool)) for tool in tools)
+            listing = "\n".join(self._shield.text(_entry(tool)) for tool in tools)
             covered.insert(0, System(_instructions(head, listing)))
         return self._fill(_compact(covered))
 
@@ -334,16 +334,32 @@ def _call(call: Call) -> str:
     return f'{_OPEN}\n{{"name": "{call.name}", "arguments": {arguments}}}\n{_CLOSE}'
 
 
-def _line(tool: Signature) -> str:
-    """One tool on one line; of its description the first paragraph, as small models get lost in more."""
-    description = " ".join(tool.description.partition("\n\n")[0].split())
-    return f"{tool.name}({signature(tool.schema)})" + (f" - {description}" if description else "")
+def _entry(tool: Signature) -> str:
+    """One tool on one line, and a line for each argument that is described."""
+    members = cast("dict[str, Json]", tool.schema.get("properties", {}))
+    described = {name: _first(str(member.get("description", ""))) for name, member in members.items()}
+    lines = [
+        f"{tool.name}({signature(tool.schema)})",
+        *(f"- {name}: {text}" for name, text in described.items() if text),
+    ]
+    if text := _first(tool.description):
+        lines[0] += f": {text}"
+    return "\n".join(lines)
+
+
+def _first(description: str) -> str:
+    """The first paragraph, as small models get lost in more."""
+    return " ".join(description.partition("\n\n")[0].split())
 
 
 def _instructions(system: str, listed: str) -> str:
-    """The system message of a model whose template knows no tools."""
-    form = f'{_OPEN}\n{{"name": "tool name", "arguments": {{"argument": value}}}}\n{_CLOSE}'
-    block = f"You can call these tools:\n{listed}\nTo call a tool, write:\n{form}"
+    """The system message of a model whose template knows no tools.
+
+    The tools stand last and the form of a call holds nothing that could be copied into one: of four layouts this one
+    serves the embedded model best (`bench/bfcl.py`).
+    """
+    form = f'{_OPEN}\n{{"name": ..., "arguments": {{...}}}}\n{_CLOSE}'
+    block = f"You can call tools. To call one, write:\n{form}\nThese are the tools:\n{listed}"
     return f"{system}\n\n{block}" if system else block
 
 

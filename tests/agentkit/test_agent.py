@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import anyio
@@ -198,6 +198,37 @@ async def test_limit_of_steps_lands_softly() -> None:
     assert (result.output, result.stop, len(result.calls)) == ("enough", "steps", 3)
     with pytest.raises(ScriptError, match="does not allow"), scripted(*turns, call("add", a=9, b=9)):
         await Agent([add], limits=Limits(steps=4)).run("go on")
+
+
+@pytest.mark.parametrize("context", [900, 1200, 2048, 8192])
+@pytest.mark.parametrize("at_once", [1, 5])
+async def test_a_full_context_lands_softly(context: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that calls as long as it can, tools that return a megabyte: the run still ends with an answer."""
+
+    @tool
+    def dump(part: int) -> str:
+        """A lot."""
+        return f"part {part} " + "x" * 1_000_000
+
+    # A script cannot foresee when the tools are masked, so here it is not held to it.
+    monkeypatch.setattr("agentkit.script._Checked.__anext__", Generation.__anext__)
+    turns = [reply("", *[call("dump", part=i) for i in range(at_once)])] * 60
+    with pytest.raises(ScriptError, match="not used"), scripted(*turns) as engine:
+        engine.sizes = replace(engine.sizes, context=context)
+        result = await Agent([dump], limits=Limits(steps=60, result_tokens=context)).run("?")
+        engine.check()
+    assert result.stop == "context"
+    assert result.calls
+    assert result.output
+    assert context * 0.8 < len(result.transcript.ids) <= context
+    assert isinstance(result.transcript.messages()[-1], Assistant)
+
+
+async def test_a_long_conversation_without_tools_uses_the_whole_context() -> None:
+    with scripted(final("x" * 500)) as engine:
+        engine.sizes = replace(engine.sizes, context=600)
+        result = await Agent().run("?")
+    assert (result.output, result.stop) == ("x" * 500, "answer")
 
 
 async def test_limit_of_calls_masks_the_tool() -> None:
@@ -401,6 +432,8 @@ async def test_bad_input_is_refused_and_the_next_run_works() -> None:
             await Agent(output=Strange).run("?")
         with pytest.raises(CapacityError, match="300"):
             await Agent().run("x" * 300_000)
+        with pytest.raises(CapacityError, match="begin a new session"):
+            await Agent([add], limits=Limits(tokens=100)).run("x" * 300_000)
         assert (await Agent().run("?")).output == "fine"
 
 

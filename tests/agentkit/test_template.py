@@ -272,18 +272,18 @@ def test_a_template_that_writes_calls_in_another_form_gets_the_compact_one():
     assert ChatTemplate(VOCAB, source).tool_format.kind == "compact"
 
 
-def test_the_compact_form_lists_one_tool_a_line_after_the_instructions():
+def test_the_compact_form_lists_tools_and_described_arguments_after_the_instructions():
     shown = PLAIN.vocab.decode(PLAIN.encode_start([System("Be brief."), User("hi")], [grep, now]))
     assert shown == (
-        "<|im_start|>system\nBe brief.\n\nYou can call these tools:\n"
-        'grep(pattern: str, path: str = ".") - Search files for a regular expression.\n'
-        "now() - Tell the time.\n"
-        "To call a tool, write:\n<tool_call>\n"
-        '{"name": "tool name", "arguments": {"argument": value}}\n'
-        "</tool_call><|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.\n\nYou can call tools. To call one, write:\n<tool_call>\n"
+        '{"name": ..., "arguments": {...}}\n'
+        "</tool_call>\nThese are the tools:\n"
+        'grep(pattern: str, path: str = "."): Search files for a regular expression.\n'
+        "- pattern: what to <find>.\n"
+        "now(): Tell the time.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
     alone = PLAIN.vocab.decode(PLAIN.encode_start([User("hi")], [now]))
-    assert alone.startswith("<|im_start|>system\nYou can call these tools:\nnow()")
+    assert alone.startswith("<|im_start|>system\nYou can call tools.")
 
 
 def test_the_compact_form_writes_calls_side_by_side_and_results_in_words():
