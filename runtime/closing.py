@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from agentkit.runtime.grammar import Matcher
     from agentkit.runtime.vocab import Vocabulary
 
-#: States the search may look at before it gives up; about 0.2 ms each.
-EXPANSIONS = 4000
+#: States either way of searching may look at before it gives up (the second one more for each token allowed); about
+#: 0.2 ms each.
+EXPANSIONS = 2000
 
 # One token's worth of JSON without content: an end, a separator and a beginning or one of the shortest values.
 _PUNCTUATION = re.compile(rb' ?"?[}\]]{0,4}\n?[,:]? ?(?:""|\[\]|{}|[\[{]{0,2}"?|null|true|false|[0-9])?', re.DOTALL)
@@ -159,8 +160,8 @@ class Candidates:
             spells = not context.string and text.lstrip()[:1] == b'"' and len(text.strip()) > 2  # "},{" in a string
             after = context.after(text)
             if ends == ending and not spells and not (after.string and after.content):
-                blank = text.isspace() or b"\n" in text
-                found.append((after.open + 3 * blank, -len(text.strip()), i))
+                found.append((after.open + 3 * (b"\n" in text), -len(text.strip()), i))
+        found = [one for one in found if one[1]] or found  # blanks alone, where nothing else may come
         found.sort()
         return [i for _, _, i in found[: 2 if ending else _MARKS]]
 
@@ -237,12 +238,20 @@ class Search:
         self._endings = sorted(map(candidates.encode, sorted(tails)), key=len)
 
     def run(self, matcher: Matcher, text: bytes, limit: int) -> list[int] | None:
-        """A path of at most `limit` ids to a state that may stop."""
+        """A path of at most `limit` ids to a state that may stop.
+
+        First the best of all states is gone on from, which finds a short path. Where so much has to be written that
+        this loses its way among alternatives, the first choice is followed to its end.
+        """
+        path = self._explore(matcher, text, limit, deep=False)
+        return self._explore(matcher, text, limit, deep=True) if path is None else path
+
+    def _explore(self, matcher: Matcher, text: bytes, limit: int, deep: bool) -> list[int] | None:
         start = _Node(matcher.fork(), [], 0.0, self._hints.context(text), text)
         heap: _Heap = []
         seen: set[tuple[object, ...]] = set()
         self._push(heap, start, limit)
-        for _ in range(EXPANSIONS):
+        for turn in range(EXPANSIONS + deep * limit):
             if not heap:
                 return None
             node = heapq.heappop(heap)[1]
@@ -254,10 +263,12 @@ class Search:
             if node.context is not None and key in seen:
                 continue
             seen.add(key)
-            for move in self._moves(node, legal, limit - len(node.path)):
+            for place, move in enumerate(self._moves(node, legal, limit - len(node.path))):
                 child = node.matcher.fork()
                 if all(map(child.advance, move)):
-                    self._push(heap, self._step(node, child, move, len(move)), limit)
+                    # A text that must be long, as of a format, is no reason to turn back.
+                    step = self._step(node, child, move, min(len(move), 4) + len(move) / 8)
+                    self._push(heap, step, limit, place / _LOOK - turn if deep else None)
         return None
 
     def _moves(self, node: _Node, legal: NDArray[np.bool_], limit: int) -> Iterable[Sequence[int]]:
@@ -268,16 +279,16 @@ class Search:
                 return [[i] for i in marks]
         return self._contents(node, limit)
 
-    def _push(self, heap: _Heap, node: _Node, limit: int) -> None:
-        """Take what is forced, then put the node in line unless it is too long."""
+    def _push(self, heap: _Heap, node: _Node, limit: int, rank: float | None = None) -> None:
+        """Take what is forced, then put the node in line, by rank or by merit, unless it is too long."""
         while forced := node.matcher.forced():
             if len(node.path) + len(forced) > limit or not all(map(node.matcher.advance, forced)):
                 return
             node = self._step(node, node.matcher, forced, len(forced) / 4)
         if len(node.path) > limit:
             return
-        estimate = node.cost
-        if node.context is not None:
+        estimate = node.cost if rank is None else rank
+        if node.context is not None and rank is None:
             # What is left open is charged, members passed are credited: else every alternative to the first
             # choice would be tried before the last is made. The credit is less than the charge for one more
             # level of nesting, so that a recursive branch loses to one that is not.

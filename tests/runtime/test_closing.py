@@ -116,6 +116,32 @@ def test_a_recursive_branch_is_not_followed():
     assert completed(grammar, "") == '{"value": 0, "left": null, "right": []}'
 
 
+def test_a_long_format_after_a_recursive_branch_is_reached():
+    """Going into the branch again and again must not look better than writing the 36 characters of the format."""
+    tree = {
+        "type": "object",
+        "properties": {
+            "value": {"type": "string", "pattern": "^[ä-ü]{2,3}$"},
+            "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 1},
+            "next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]},
+        },
+        "required": ["next", "value"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "type": "object",
+        "properties": {"first": {"$ref": "#/$defs/tree"}, "id": {"type": "string", "format": "uuid"}},
+        "required": ["first", "id"],
+        "additionalProperties": False,
+        "$defs": {"tree": tree},
+    }
+    for compiler, vocab in ((COMPILER, QWEN), (SMALL, SMOL)):
+        grammar = compiler.submit(JsonSpec(json.dumps(schema), "document")).result()
+        text = vocab.decode(grammar.matcher().completion(2000) or [])
+        assert not faults(schema, text)
+        assert json.loads(text)["first"]["next"] is None
+
+
 def test_optional_members_are_left_out():
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}
     assert completed(compiled(schema), "") == "{}"
