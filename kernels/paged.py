@@ -53,7 +53,8 @@ def configure(arch: str, query: torch.dtype, head_dim: int, page_size: int, tile
     """
     keys = min(64, (1 << 14) // (head_dim * query.itemsize))  # 16 KiB of keys, as much of values
     if arch.startswith("gfx"):
-        return Config(keys if tile < 64 and head_dim < 256 else max(16, keys // 2), 8 if tile == 128 else 4, 2)
+        narrow = tile > 16 or sparse or head_dim == 256
+        return Config(max(16, keys // 2) if narrow else keys, 8 if tile >= 64 else 4, 2)
     small = arch in ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121")  # 99 KiB of shared memory instead of 163 and more
     if small or (tile >= 64 and arch == "sm_80"):
         keys //= 2

@@ -30,7 +30,8 @@ class Options:
         device: ``auto`` takes a CUDA GPU if there is one, else the CPU.
         dtype: ``auto`` is bfloat16 on a GPU and on a CPU that multiplies it natively, else float32: elsewhere torch
             emulates bfloat16 and a product takes several times as long.
-        packed: use 4-bit GGUF weights as they are for steps of few rows (CPU); off for exact comparison.
+        packed: on the CPU, use 4-bit GGUF weights as they are for steps of few rows where that is faster, and fp16
+            weights instead of fp32 ones; off for exact comparison.
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
             GPU: nine tenths of it).

@@ -6,8 +6,10 @@ configuration, not classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from agentkit.kernels.linear import (
 )
 from agentkit.kernels.norm import add_rms_norm, rms_norm
 from agentkit.kernels.plan import Plan
+from agentkit.kernels.quant import BlockKind, Quantised, from_blocks, quant_linear
 from agentkit.kernels.rope import angles
 from agentkit.kernels.silu import silu_mul
 from agentkit.runtime.rope import inverse_frequencies
@@ -54,28 +57,46 @@ class Batch:
 
 
 class Linear:
-    """``y = x @ W.T + b``; a few rows use the nibbles of ``W`` where there are any, and come out in bf16.
+    """``y = x @ W.T + b`` with a matrix as it was loaded.
 
     Args:
-        weight: ``[outputs, inputs]``.
+        weight: ``[outputs, inputs]``, dense or quantised.
         bias: ``[outputs]``.
-        nibbles: the same matrix in 4 bits.
+        nibbles: the same matrix in 4 bits, for steps of few rows on the CPU; they come out in bf16.
+        half: on the CPU, allow fp16 in place of fp32.
 
     Attributes:
         weight_bytes: what a step of one row reads.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, nibbles: Int4 | None = None) -> None:
-        self.bias, self.nibbles = bias, nibbles
-        self.weight_bytes = _bytes(nibbles.nibbles, nibbles.scales) if nibbles is not None else _bytes(weight)
-        self.weight = pack_dense(weight)
-        self._few = int4_rows(weight.dtype)
+    def __init__(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, nibbles: Int4 | None = None, half: bool = False
+    ) -> None:
+        self._bias, self._nibbles = bias, nibbles
+        self._few = int4_rows(weight.dtype) if isinstance(weight, Tensor) else 0
+        self._product, stored = _product(weight, bias, half)
+        self.weight_bytes = stored if nibbles is None else _bytes(nibbles.nibbles, nibbles.scales)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.nibbles is not None and x.shape[0] <= self._few:
-            y = int4_linear(x, self.nibbles)
-            return y if self.bias is None else y + self.bias
-        return dense_linear(x, self.weight, self.bias)
+        if self._nibbles is not None and x.shape[0] <= self._few:
+            y = int4_linear(x, self._nibbles)
+            return y if self._bias is None else y + self._bias
+        return self._product(x)
+
+
+def _product(weight: Tensor | Quantised, bias: Tensor | None, half: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+    """The product with a matrix in the form that is fastest where it lies, and the bytes of that form."""
+    if isinstance(weight, Quantised):
+        return partial(quant_linear, matrix=weight, bias=bias), weight.nbytes
+    packed = pack_half(weight) if half and weight.dtype is torch.float32 else None
+    if packed is not None:
+        return partial(_half, weight=packed, bias=bias), 2 * weight.numel()
+    return partial(dense_linear, weight=pack_dense(weight), bias=bias), _bytes(weight)
+
+
+def _half(x: Tensor, weight: torch.ScriptObject, bias: Tensor | None) -> Tensor:
+    y = half_linear(x, weight)
+    return y if bias is None else y + bias
 
 
 class Head:
@@ -123,8 +144,8 @@ class Model:
         checkpoint: where configuration and weights come from.
         device: where to run.
         dtype: of activations, weights and KV.
-        packed: on a CPU, keep 4-bit GGUF weights as nibbles for steps of few rows, beside the dense form that prefill
-            uses, and the output head in fp16.
+        packed: use GGUF weights of 4 and 8 bits as they are on a GPU; on a CPU those of 4 bits for steps of few rows,
+            and fp16 in place of fp32.
 
     Attributes:
         config: the shape.
@@ -135,7 +156,7 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
         self.config = checkpoint.config
         self.device, self.dtype = device, dtype
-        load = _Loader(checkpoint, device, dtype, packed and device.type == "cpu")
+        load = _Loader(checkpoint, device, dtype, packed)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
         self.layers = [load.layer(i) for i in range(self.config.layers)]
@@ -193,20 +214,15 @@ class _Loader:
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One product for several matrices of the same input."""
-        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         b = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
-        return Linear(weight, b, self._int4(names) if self.packed else None)
-
-    def _int4(self, names: Sequence[str]) -> Int4 | None:
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for name in names:
-            source = self.checkpoint.tensor(f"{name}.weight")
-            nibbles = source.nibbles() if isinstance(source, Blocks) else None
-            if nibbles is None:
-                return None
-            parts.append(nibbles)
-        q, scale, minimum = (torch.cat(column) for column in zip(*parts, strict=True))
-        return pack_int4(q, scale, minimum) if q.shape[0] % 16 == 0 else None
+        sources = [self.checkpoint.tensor(f"{name}.weight") for name in names]
+        if self.packed and self.device.type == "cuda":
+            quantised = _quantised(sources, self.device)
+            if quantised is not None:
+                return Linear(quantised, b)
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+        on_cpu = self.packed and self.device.type == "cpu"
+        return Linear(weight, b, _int4(sources) if on_cpu else None, on_cpu)
 
     def layer(self, index: int) -> Layer:
         c, at = self.checkpoint.config, f"model.layers.{index}."
@@ -224,6 +240,28 @@ class _Loader:
     def _head_norms(self, attention: str) -> HeadNorms:
         query, key = (self.tensor(f"{attention}{x}_norm.weight") for x in "qk")
         return HeadNorms(query, key, self.checkpoint.config.norm_eps)
+
+
+def _int4(sources: Sequence[Tensor | Blocks]) -> Int4 | None:
+    """Matrices of 4 bits, one below the other, for the CPU; None if one has another form."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for source in sources:
+        nibbles = source.nibbles() if isinstance(source, Blocks) else None
+        if nibbles is None:
+            return None
+        parts.append(nibbles)
+    q, scale, minimum = (torch.cat(column) for column in zip(*parts, strict=True))
+    return pack_int4(q, scale, minimum) if q.shape[0] % 16 == 0 else None
+
+
+def _quantised(sources: Sequence[Tensor | Blocks], device: torch.device) -> Quantised | None:
+    """Matrices of one quantised form, one below the other, for a GPU; None if their forms differ or have no kernel."""
+    blocks = [source for source in sources if isinstance(source, Blocks)]
+    kinds = {source.kind for source in blocks}
+    if len(blocks) < len(sources) or len(kinds) != 1 or not kinds <= {"Q4_0", "Q4_1", "Q8_0"}:
+        return None
+    data = torch.cat([source.data for source in blocks])
+    return from_blocks(cast("BlockKind", kinds.pop()), data).to(device)
 
 
 def _bytes(*tensors: Tensor) -> int:

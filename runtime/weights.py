@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import gguf.quants
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -97,13 +95,20 @@ class Blocks:
         return q, scale, halves[..., 1] if self.kind == "Q4_1" else -8.0 * scale
 
 
+# `gguf` is imported where its blocks are read: the model itself needs none of it.
+
+
 def _widen(kind: BlockKind, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    import gguf.quants
+
     with np.errstate(all="ignore"):  # infinities in a file are the file's, not a fault of the arithmetic
-        return gguf.quants.dequantize(data, GGMLQuantizationType[kind])
+        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def row_bytes(kind: BlockKind, columns: int) -> int:
     """Bytes of one row. Raises ModelError if the row is not a whole number of blocks."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     if columns % elements:
         raise ModelError(f"A row of {columns} elements is not a whole number of {kind} blocks of {elements}.")

@@ -43,7 +43,7 @@ def _attend(name: str, tile: int, pool: str, sparse: bool = False) -> list[Varia
 
 
 def variants() -> list[Variant]:
-    """Decode in bf16 and fp8, decode over chosen pages, both prefill tiles, the merge of parts."""
+    """Decode in bf16 and fp8, of eight branches together, over chosen pages; both prefill tiles; the merge of parts."""
     merge = Variant(
         "attend_merge-bf16",
         merge_kernel,
@@ -55,6 +55,7 @@ def variants() -> list[Variant]:
     return [
         *_attend("decode-bf16", 16, "*bf16"),
         *_attend("decode-fp8", 16, "*fp8e4nv"),
+        *_attend("group-bf16", 32, "*bf16"),
         *_attend("sparse-bf16", 16, "*bf16", sparse=True),
         *_attend("prefill64-bf16", 64, "*bf16"),
         *_attend("prefill128-bf16", 128, "*bf16"),
