@@ -11,7 +11,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/agentkit models pull smollm2-135m
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
