@@ -92,7 +92,7 @@ def scripted(*turns: ScriptedTurn | ScriptedCall, vocab: Vocabulary | None = Non
     Raises:
         ScriptError: the run wants another turn than the script has, or the block ends before the script does.
     """
-    vocab = vocab or _byte_vocabulary()
+    vocab = vocab or byte_vocabulary()
     template = ChatTemplate(vocab)
     script = deque(t if isinstance(t, ScriptedTurn) else ScriptedTurn(calls=(t,)) for t in turns)
     with _ScriptedEngine(vocab, script, template.tool_format.tags) as engine:
@@ -177,7 +177,7 @@ class _Checked(Generation):
         return chunk
 
 
-def _byte_vocabulary() -> Vocabulary:
+def byte_vocabulary() -> Vocabulary:
     """One token for each byte, and the control tokens of Qwen's tool format."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from agentkit.kernels.sample import Rows, sample
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
-from agentkit.runtime.generation import Generation
+from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
 from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
@@ -97,6 +98,7 @@ class Engine:
         self._rids = itertools.count(1)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._bells: WeakValueDictionary[object, Bell] = WeakValueDictionary()
         self._closed = False
         self._steps = self._computed = 0
         self._masks = ThreadPoolExecutor(1, "agentkit-masks")
@@ -150,6 +152,11 @@ class Engine:
             self._live[generation.rid] = Live(generation, sequence, self.vocab, grammar, room)
 
         self._command(submit)
+
+    def bell(self, loop: object) -> Bell:
+        """What wakes the readers on an event loop; called on that loop."""
+        with self._wake:
+            return self._bells.setdefault(loop, Bell(loop))
 
     def abort(self, rid: int) -> None:
         """End a request and release its pages; one that is unknown or has ended is ignored."""

@@ -40,24 +40,25 @@ class Generation:
         self._engine = engine
         self._items: deque[Chunk | Finish | BaseException] = deque()
         self._arrived: anyio.Event | None = None
-        self._wake: Callable[[Callable[[], object]], object] | None = None
+        self._bell: Bell | None = None
 
     def push(self, item: Chunk | Finish | BaseException) -> None:
         """Called by the engine's thread."""
         self._items.append(item)
-        if self._wake is not None:
+        if self._bell is not None:
             try:
-                self._wake(self._set)
+                self._bell.ring(self)
             except RuntimeError:  # the caller's event loop has closed: nobody reads any more
                 self._engine.abort(self.rid)
 
-    def _set(self) -> None:
+    def wake(self) -> None:
+        """Tell the reader that something has arrived; called on its event loop."""
         if self._arrived is not None:
             self._arrived.set()
 
     async def __aenter__(self) -> Self:
         self._arrived = anyio.Event()
-        self._wake = _thread_safe_call()
+        self._bell = self._engine.bell(current_token().native_token)
         if not self.started:
             self.started = True
             self._engine.start(self)
@@ -91,8 +92,30 @@ class Generation:
         raise item
 
 
-def _thread_safe_call() -> Callable[[Callable[[], object]], object]:
-    """How another thread schedules a call on this event loop without waiting for it."""
-    native = current_token().native_token
-    name = "call_soon_threadsafe" if isinstance(native, asyncio.AbstractEventLoop) else "run_sync_soon"  # or trio's
-    return getattr(native, name)
+class Bell:
+    """Wakes the readers on one event loop, by one call for all who have news: a call from another thread costs more
+    than the rest of a step does for a request.
+
+    Args:
+        loop: asyncio's event loop, or trio's token.
+    """
+
+    def __init__(self, loop: object) -> None:
+        # asyncio's closed loop drops what it was asked to call, so that must be looked for; trio's refuses each call.
+        self._loop = loop if isinstance(loop, asyncio.AbstractEventLoop) else None
+        name = "call_soon_threadsafe" if self._loop is not None else "run_sync_soon"
+        self._call: Callable[[Callable[[], object]], object] = getattr(loop, name)
+        self._rung: deque[Generation] = deque()
+        self._called = False
+
+    def ring(self, generation: Generation) -> None:
+        """Have a generation's reader woken. RuntimeError if its event loop has closed."""
+        self._rung.append(generation)
+        if self._loop is None or not self._called or self._loop.is_closed():
+            self._called = True
+            self._call(self._answer)
+
+    def _answer(self) -> None:
+        self._called = False  # first: what is rung for from here on may be too late for the loop below
+        while self._rung:
+            self._rung.popleft().wake()
