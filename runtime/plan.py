@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
 from agentkit.runtime.radix import Match, Node, PrefixTree, common_prefix
-from agentkit.runtime.sequence import Copy, Entry, Plan, Sequence, State, Stats
+from agentkit.runtime.sequence import Copy, Entry, Plan, Sequence, State, Stats, Targets
 
 _NO_PAGE = -1
 
@@ -70,8 +70,8 @@ class Scheduler:
 
     # --- requests
 
-    def submit(self, rid: int, ids: Iterable[int], namespace: str = "") -> Sequence:
-        """Queue a request.
+    def submit(self, rid: int, ids: Iterable[int], namespace: str = "", targets: Targets | None = None) -> Sequence:
+        """Queue a request; with ``targets`` it is over when all its ids are computed.
 
         Raises:
             CapacityError: it can never fit the context or the page pool.
@@ -84,7 +84,7 @@ class Scheduler:
             raise EngineError("a request needs at least one id; put the begin-of-text or a template token first")
         self._refuse_oversize(len(tokens))
         self._arrivals += 1
-        seq = Sequence(rid, tokens, namespace, self._arrivals, len(tokens))
+        seq = Sequence(rid, tokens, namespace, self._arrivals, len(tokens), targets=targets)
         self._sequences[rid] = seq
         self._waiting.append(seq)
         return seq
@@ -269,7 +269,7 @@ class Scheduler:
                 break
             if seq.awaiting:
                 continue
-            match = self.tree.match(seq.namespace, seq.ids, len(seq.ids) - 1)
+            match = self.tree.match(seq.namespace, seq.ids, seq.cacheable)
             key = self._page_key(seq, match.node, match.n_tokens)
             if key is not None and key in claims:
                 continue
@@ -311,7 +311,7 @@ class Scheduler:
         tail, parent = match.tail, seq.parent
         copied = tail.n if tail is not None else 0
         if parent is not None:  # its `computed` is 0 unless it holds pages
-            known = min(seq.shared, parent.computed, len(seq.ids) - 1) - match.n_tokens
+            known = min(seq.shared, parent.computed, seq.cacheable) - match.n_tokens
             if known > copied:
                 return parent.pages[match.n_tokens // self.page_size], known, None
         return (tail.node.page, copied, tail.node) if tail is not None else (_NO_PAGE, 0, None)
@@ -487,4 +487,7 @@ def _urgency(seq: Sequence) -> tuple[bool, int]:
 
 
 def _entry(seq: Sequence, n: int) -> Entry:
-    return Entry(seq, seq.computed, n, seq.computed + n == len(seq.ids))
+    end = seq.computed + n
+    if seq.targets is None:
+        return Entry(seq, seq.computed, n, end == len(seq.ids))
+    return Entry(seq, seq.computed, n, False, max(0, end - max(seq.targets.first, seq.reached)))

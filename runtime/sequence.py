@@ -17,6 +17,19 @@ class State(Enum):
     FINISHED = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Tokens whose log-probabilities are wanted instead of an output.
+
+    Attributes:
+        first: the first position that is asked about.
+        tokens: for each position from there to the end of the ids, tokens that may follow it.
+    """
+
+    first: int
+    tokens: tuple[tuple[int, ...], ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request: its ids, and how far their KV is computed and where it lies.
@@ -46,6 +59,13 @@ class Sequence:
     recomputed: int = 0
     parent: Sequence | None = None  # fork: where the tail may be copied from
     shared: int = 0  # fork: leading ids in common with the parent
+    targets: Targets | None = None  # what is asked about its rows, if it is not to be continued
+
+    @property
+    def cacheable(self) -> int:
+        """Leading ids that need not be computed where their KV is at hand: behind them rows are wanted."""
+        last = len(self.ids) - 1
+        return last if self.targets is None else min(last, max(self.targets.first, self.reached))
 
     @property
     def remaining(self) -> int:
@@ -64,12 +84,25 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Compute ``seq.ids[start : start + n]``; ``sample``: this reaches the last id, whose logits count."""
+    """Compute ``seq.ids[start : start + n]``.
+
+    ``sample``: this reaches the last id, whose logits count. ``scored``: so many of the last rows have targets, which
+    no step has answered yet.
+    """
 
     seq: Sequence
     start: int
     n: int
     sample: bool
+    scored: int = 0
+
+    @property
+    def targets(self) -> tuple[tuple[int, ...], ...]:
+        """Targets of the last ``scored`` rows."""
+        if self.seq.targets is None:
+            return ()
+        end = self.start + self.n - self.seq.targets.first
+        return self.seq.targets.tokens[end - self.scored : end]
 
 
 @dataclass(frozen=True, slots=True)

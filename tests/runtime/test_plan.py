@@ -8,7 +8,7 @@ from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
-from agentkit.runtime.sequence import Copy, Plan, State
+from agentkit.runtime.sequence import Copy, Plan, State, Targets
 
 SIZE = 4
 
@@ -507,3 +507,54 @@ def test_check_notices_damage(damage: str) -> None:
     exec(damage, {"self": seq})
     with pytest.raises(Corruption):
         scheduler.check()
+
+
+# --- scoring
+
+
+def asked(scheduler: Scheduler) -> list[tuple[int, int, list[int]]]:
+    """One whole step: (start, n, targets) of each entry; none samples."""
+    plan = scheduler.plan()
+    scheduler.complete(plan)
+    scheduler.check()
+    assert not any(entry.sample for entry in plan.entries)
+    return [(entry.start, entry.n, [token for (token,) in entry.targets]) for entry in plan.entries]
+
+
+def targets(first: int, count: int) -> Targets:
+    return Targets(first, tuple((at,) for at in range(first, count)))
+
+
+def test_rows_are_scored_chunk_by_chunk_from_the_first_one_on() -> None:
+    scheduler = build(budget=8)
+    seq = scheduler.submit(1, range(20), targets=targets(10, 20))
+    assert asked(scheduler) == [(0, 8, [])]
+    assert asked(scheduler) == [(8, 8, [10, 11, 12, 13, 14, 15])]
+    assert asked(scheduler) == [(16, 4, [16, 17, 18, 19])]
+    assert seq.awaiting
+
+
+def test_a_cached_row_is_computed_again_where_it_is_wanted() -> None:
+    scheduler = build()
+    scheduler.submit(1, range(20))
+    step(scheduler)
+    scheduler.finish(1)
+    for rid, first in ((2, 19), (3, 10), (4, 0)):
+        scheduler.submit(rid, range(20), targets=targets(first, 20))
+        assert asked(scheduler) == [(first, 20 - first, list(range(first, 20)))]
+        scheduler.finish(rid)
+    assert drained(scheduler)
+
+
+def test_after_a_preemption_the_rows_that_are_left_are_scored() -> None:
+    scheduler = build(budget=8)
+    seq = scheduler.submit(1, range(20), targets=targets(2, 20))
+    assert asked(scheduler) == [(0, 8, [2, 3, 4, 5, 6, 7])]
+    scheduler.preempt(1)
+    assert asked(scheduler) == [(8, 8, list(range(8, 16)))]  # what was scored is cached
+    scheduler.preempt(1)
+    scheduler.tree.evict(32)
+    assert asked(scheduler) == [(0, 8, [])]
+    assert asked(scheduler) == [(8, 8, [])]
+    assert asked(scheduler) == [(16, 4, [16, 17, 18, 19])]
+    assert (seq.prefilled, seq.recomputed) == (20, 16)

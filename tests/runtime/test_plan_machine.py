@@ -19,7 +19,7 @@ from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.pages import Owner, PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import Node, PrefixTree
-from agentkit.runtime.sequence import Plan, Sequence, State
+from agentkit.runtime.sequence import Plan, Sequence, State, Targets
 
 Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
 
@@ -72,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.writes: list[Write] = []
         self.reached: dict[int, int] = {}  # rid -> where its next entry must start
         self.computed: dict[int, Counter[int]] = defaultdict(Counter)
+        self.answered: dict[int, list[int]] = defaultdict(list)  # rid -> the rows whose targets were answered
         self.next_rid = 0
 
     # --- events
@@ -79,6 +80,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(ids=prompts, namespace=namespaces)
     def submit(self, ids: list[int], namespace: str) -> None:
         self._add(lambda rid: self.scheduler.submit(rid, ids, namespace), ids)
+
+    @rule(ids=prompts, namespace=namespaces, first=st.integers(0, 13))
+    def submit_scored(self, ids: list[int], namespace: str, first: int) -> None:
+        first = min(first, len(ids) - 1)
+        targets = Targets(first, tuple((at,) for at in range(first, len(ids))))
+        self._add(lambda rid: self.scheduler.submit(rid, ids, namespace, targets), ids)
 
     @rule(pick=picks, keep=st.integers(1, 40), more=prompts)
     def submit_next_turn(self, pick: int, keep: int, more: list[int]) -> None:
@@ -97,6 +104,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(pick=picks, ids=st.lists(tokens, min_size=1, max_size=6))
     def append(self, pick: int, ids: list[int]) -> None:
         seq = self._pick(pick)
+        if seq.targets is not None:  # it is not to be continued
+            return
         before = list(seq.ids)
         if len(before) + len(ids) > self.max_context:
             with pytest.raises(CapacityError):
@@ -226,7 +235,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for entry in plan.entries:
             assert entry.n >= 1
             assert not entry.seq.awaiting  # or its next id would be sampled twice
-            assert entry.sample == (entry.start + entry.n == len(entry.seq.ids))
+            ends = entry.start + entry.n == len(entry.seq.ids)
+            assert entry.sample == (ends and entry.seq.targets is None)
             self._check_start(entry.seq, entry.start)
         assert before.waiting + before.running >= len(plan.entries)
         return plan
@@ -251,6 +261,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.complete(self.plan)
         for entry in self.plan.entries:
             self._check_counters(entry.seq)
+            self.answered[entry.seq.rid] += [at for (at,) in entry.targets]
+            if entry.seq.targets is not None:  # each wanted row once, in order, whatever was cached or preempted
+                assert self.answered[entry.seq.rid] == list(range(entry.seq.targets.first, entry.seq.reached))
         self.plan = None
 
     def _check_start(self, seq: Sequence, start: int) -> None:
