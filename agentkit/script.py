@@ -1,15 +1,16 @@
 """A model that follows a script, for tests without weights.
 
-Only the choice of tokens is scripted. The chat template, the turn grammar with its masks and forced tokens, sampling,
-pages, prefix tree and transcript are the real ones, so a test fails where a real run would: at a call the grammar does
-not allow, at a turn nobody expected, at a script that is not used up.
+Only the choice of tokens is scripted; what `Agent.decide` chooses takes a turn of the script as well. The chat
+template, the turn grammar with its masks and forced tokens, sampling, pages, prefix tree and transcript are the real
+ones, so a test fails where a real run would: at a call the grammar does not allow, at a turn nobody expected, at a
+script that is not used up.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from agentkit.agent import LoadedModel, override
 from agentkit.runtime.engine import Engine, Sizes
-from agentkit.runtime.errors import AgentError
+from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.request import Chunk, Request
-from agentkit.runtime.sequence import Plan
+from agentkit.runtime.runner import Output
+from agentkit.runtime.score import Continuations
+from agentkit.runtime.sequence import Entry, Plan
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.template import ChatTemplate, Tag, Tags
 
@@ -41,6 +44,9 @@ _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+#: Logit of what the script wants, where all others are 0: their probability is below 1e-12.
+_WANTED = 30.0
 
 
 class ScriptError(AgentError):
@@ -69,7 +75,7 @@ def call(name: str, /, **arguments: Any) -> ScriptedCall:
 
 
 def final(output: Any) -> ScriptedTurn:
-    """The final answer: a text, or a value of the agent's output type."""
+    """The final answer: a text, or a value of the agent's output type; for `Agent.decide` the text of a choice."""
     if isinstance(output, str):
         return ScriptedTurn(output)
     value = TypeAdapter[Any](cast("type[Any]", type(output))).dump_python(output, mode="json")
@@ -106,21 +112,35 @@ def scripted(*turns: ScriptedTurn | ScriptedCall, vocab: Vocabulary | None = Non
 
 
 class _Runner:
-    """Stands in for the weights: all logits are 0 but that of the token the script wants."""
+    """Stands in for the weights: all logits are 0 but that of the token the script wants.
+
+    Attributes:
+        lines: what each request is to say, and the length of the prompt behind which it says it.
+    """
 
     weight_bytes = 0
 
     def __init__(self, vocab: Vocabulary) -> None:
         self.vocab_size, self.end_id = vocab.size, vocab.end_id
-        self.lines: dict[int, list[int]] = {}
+        self.lines: dict[int, tuple[list[int], int]] = {}
 
-    def step(self, plan: Plan) -> Tensor:
-        sampled = [entry.seq for entry in plan.entries if entry.sample]
-        logits = torch.zeros(len(sampled), self.vocab_size)
-        for row, seq in zip(logits, sampled, strict=True):
-            line, at = self.lines[seq.rid], len(seq.ids) - seq.prompt
-            row[line[at] if at < len(line) else self.end_id] = 1.0
-        return logits
+    def step(self, plan: Plan) -> Output:
+        logits = [self._row(entry.seq.rid, entry.start + entry.n) for entry in plan.entries if entry.sample]
+        scores = [score for entry in plan.entries for score in self._scores(entry)]
+        return Output(torch.stack(logits) if logits else torch.zeros(0, self.vocab_size), torch.tensor(scores))
+
+    def _scores(self, entry: Entry) -> list[float]:
+        end = entry.start + entry.n + 1
+        rows = [self._row(entry.seq.rid, length) for length in range(end - entry.scored, end)]
+        pairs = zip(rows, entry.targets, strict=True)
+        return [float(value) for row, tokens in pairs for value in row.log_softmax(-1)[list(tokens)]]
+
+    def _row(self, rid: int, length: int) -> Tensor:
+        """Logits of what comes after the first ``length`` ids."""
+        line, start = self.lines[rid]
+        row = torch.zeros(self.vocab_size)
+        row[line[length - start] if length - start < len(line) else self.end_id] = _WANTED
+        return row
 
 
 class _ScriptedEngine(Engine):
@@ -130,15 +150,39 @@ class _ScriptedEngine(Engine):
 
     def __init__(self, vocab: Vocabulary, script: deque[ScriptedTurn], tags: Tags) -> None:
         self._script, self._tags = script, tags
+        self._decided: tuple[list[int], int] = ([], 0)
         super().__init__(_Runner(vocab), vocab, Sizes(context=1 << 18, pages=1 << 14), "scripted")
 
     def generate(self, request: Request) -> Generation:
         generation = super().generate(request)
+        if request.targets is not None:
+            self.runner.lines[generation.rid] = self._decided
+            return generation
+        line = self._line(self._next())
+        self.runner.lines[generation.rid] = line, len(request.ids)
+        return _Checked(self, generation.rid, request, line)
+
+    async def continuations(
+        self, ids: Sequence[int], options: Sequence[Sequence[int]], *, namespace: str = ""
+    ) -> Continuations:
+        turn = self._next()
+        line = self._line(turn)
+        if line not in [list(option) for option in options]:
+            said = " and ".join(repr(self.vocab.decode(option[:-1])) for option in options)
+            raise ScriptError(
+                f"the script goes on with {self.vocab.decode(line[:-1])!r}, which is none of the choices {said}"
+            )
+        self._decided = line, len(ids)  # all of its requests are made before anything else can run
+        try:
+            return await super().continuations(ids, options, namespace=namespace)
+        except CapacityError:
+            self._script.appendleft(turn)
+            raise
+
+    def _next(self) -> ScriptedTurn:
         if not self._script:
             raise ScriptError("the run asks for one more turn than the script has")
-        line = self._line(self._script.popleft())
-        self.runner.lines[generation.rid] = line
-        return _Checked(self, generation.rid, request, line)
+        return self._script.popleft()
 
     def _line(self, wanted: ScriptedTurn) -> list[int]:
         """The ids the turn has when a model writes it as its chat template would."""

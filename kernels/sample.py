@@ -270,6 +270,20 @@ def log_probabilities(logits: Tensor, token: int, count: int) -> tuple[float, li
     return float(logits[token] - normaliser), top
 
 
+def target_log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probabilities of given tokens, several for one row or none: log-softmax, then a selection.
+
+    Args:
+        logits: ``[r, v]`` fp32.
+        rows: ``[k]`` int64, the row of each target.
+        tokens: ``[k]`` int64, its column.
+
+    Returns:
+        ``[k]`` fp32.
+    """
+    return logits[rows, tokens] - logits.logsumexp(-1)[rows]
+
+
 def _check(f: Filter) -> None:
     ranges = {"temperature": (f.temperature, 0, math.inf), "top_k": (f.top_k, 0, math.inf)}
     for name, (value, low, high) in (ranges | {"top_p": (f.top_p, 0, 1), "min_p": (f.min_p, 0, 1)}).items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar, cast
@@ -24,8 +25,9 @@ from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
-from agentkit.runtime.request import Chunk, Finish, Request
+from agentkit.runtime.request import Chunk, Finish, Request, Usage
 from agentkit.runtime.runner import Runner
+from agentkit.runtime.score import Continuations, Options, Scored, finishes
 from agentkit.runtime.sequence import Plan
 from agentkit.runtime.vocab import Vocabulary
 
@@ -123,9 +125,8 @@ class Engine:
         Raises:
             CapacityError: the prompt can never fit.
         """
-        longest = min(self.sizes.context, self.sizes.pages * self.sizes.page_size)
+        longest, what = self._longest()
         if len(request.ids) + 1 > longest:
-            what = "the context" if longest == self.sizes.context else "the page pool"
             raise CapacityError(
                 f"the prompt has {len(request.ids)} tokens; {what} of {self.name} holds {longest}, one of them for the "
                 "answer. Shorten the prompt, or load the model with a larger `context` or `kv_bytes`."
@@ -134,6 +135,72 @@ class Engine:
         if bad is not None:
             raise ValueError(f"ids holds {bad}, which is no token of {self.name} (0 to {self.runner.vocab_size - 1})")
         return Generation(self, next(self._rids), request)
+
+    def _longest(self) -> tuple[int, str]:
+        """Most tokens of one sequence, and what sets the limit."""
+        pool = self.sizes.pages * self.sizes.page_size
+        return (pool, "the page pool") if pool < self.sizes.context else (self.sizes.context, "the context")
+
+    async def score(self, ids: Sequence[int], start: int = 1, *, namespace: str = "") -> Scored:
+        """Log-probabilities of ``ids[start:]``, each token given all before it.
+
+        What is cached of ``ids[:start]`` is not computed again. The rest goes through the model in chunks like any
+        prompt, beside other requests, and no more than a few rows of logits exist at once.
+
+        Args:
+            ids: the whole text.
+            start: first position scored, at least 1: nothing stands before the first token.
+            namespace: as of a `Request`.
+
+        Raises:
+            ValueError: no ids, ``start`` outside of them, or an id that is no token.
+            CapacityError: they can never fit.
+        """
+        if len(ids) < 2:
+            raise ValueError(f"ids has {len(ids)} tokens: give at least two, as a token is scored behind another")
+        if not 1 <= start < len(ids):
+            raise ValueError(f"start must lie between 1 and {len(ids) - 1} for {len(ids)} ids, not at {start}")
+        found = await self.continuations(ids[:start], [ids[start:]], namespace=namespace)
+        return Scored(found.logprobs[0], found.usage)
+
+    async def continuations(
+        self, ids: Sequence[int], options: Sequence[Sequence[int]], *, namespace: str = ""
+    ) -> Continuations:
+        """Log-probabilities of several continuations of one prompt, which is computed once.
+
+        The longest option is computed together with the prompt, the others then beside each other, each from where it
+        parts from the longest.
+
+        Args:
+            ids: the prompt.
+            options: token ids of each continuation.
+            namespace: as of a `Request`.
+
+        Raises:
+            ValueError: no ids, no options, one without tokens, or an id that is no token.
+            CapacityError: the prompt with its longest option can never fit.
+        """
+        if not ids:
+            raise ValueError("ids is empty: give at least one token, such as the beginning of a text")
+        if not options or not all(options):
+            raise ValueError("options: give at least one, each with at least one token")
+        longest, what = self._longest()
+        count = len(ids) + max(map(len, options))
+        if count > longest:
+            raise CapacityError(
+                f"what is to be scored has {count} tokens with all before it; {what} of {self.name} holds {longest}. "
+                "Shorten it, or load the model with a larger `context` or `kv_bytes`."
+            )
+        bad = next((t for option in options for t in option if not 0 <= t < self.vocab.size), None)
+        if bad is not None:  # those beyond are rows of the model's table that pad it
+            raise ValueError(f"{bad} is to be scored, which is no token of {self.name} (0 to {self.vocab.size - 1})")
+        asked = Options(options)
+        branches = asked.branches()
+        trunk, *others = [self.generate(branch.request(ids, namespace)) for branch in branches]
+        ends = await finishes([trunk]) + await finishes(others)
+        for branch, end in zip(branches, ends, strict=True):
+            branch.take(end.logprobs)
+        return Continuations(asked.logprobs(), sum((end.usage for end in ends), Usage()))
 
     def start(self, generation: Generation) -> None:
         """Submit a generation; called by its ``async with``."""
@@ -144,7 +211,7 @@ class Engine:
 
         def submit() -> None:
             try:
-                sequence = self._scheduler.submit(generation.rid, request.ids, request.namespace)
+                sequence = self._scheduler.submit(generation.rid, request.ids, request.namespace, request.targets)
             except AgentError as error:
                 generation.push(error)
                 return
@@ -291,15 +358,17 @@ class Engine:
         taking = [self._live[e.seq.rid] for e in plan.entries if e.sample]
         masks = self._masks.submit(self._fill, taking)
         try:
-            logits = self.runner.step(plan)
+            output = self.runner.step(plan)
             mask = masks.result()
+            scores = cast("list[float]", output.scores.tolist())  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:
             self._fail(plan, error)
             return
         self._scheduler.complete(plan)
         self._steps += 1
         self._computed += sum(entry.n for entry in plan.entries)
-        self._take(taking, logits, mask)
+        self._answer(plan, scores)
+        self._take(taking, output.logits, mask)
 
     def _fill(self, taking: list[Live]) -> Tensor:
         """Mask rows of the sequences that will sample, filled while the forward pass runs."""
@@ -323,6 +392,21 @@ class Engine:
             taking, logits, mask = [taking[i] for i in chosen], logits[chosen], mask[chosen]
         if taking:
             self._emit(taking, logits, mask)
+
+    def _answer(self, plan: Plan, scores: list[float]) -> None:
+        """Keep the log-probabilities of a step, and end the requests that have got all of theirs."""
+        for entry in plan.entries:
+            if not entry.scored:
+                continue
+            live = self._live[entry.seq.rid]
+            count = sum(map(len, entry.targets))
+            found, scores = scores[:count], scores[count:]
+            live.logprobs += found
+            if any(map(math.isnan, found)):
+                live.generation.push(EngineError("scoring failed: the logits are not numbers"))
+                self._drop(entry.seq.rid)
+            elif entry.start + entry.n == len(entry.seq.ids):
+                self._hand_out(live, Chunk(()), Finish("stop", live.usage(), tuple(live.logprobs)))
 
     def _emit_parked(self) -> None:
         """Go on with the sequences whose grammar has been compiled meanwhile."""

@@ -40,6 +40,7 @@ class Live:
         matcher: the grammar's state, once compiled and used.
         hastened: end as soon as the output can be complete.
         refused: why the grammar cannot be used; it ends the request at its next token.
+        logprobs: of the request's targets so far.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Live:
         self.hastened = False
         self.matcher: Matcher | None = None
         self.refused: AgentError | None = None
+        self.logprobs: list[float] = []
         self._closer: Closer | None = None
         self._reserve = 0
         self._decoded = self._forced = 0
@@ -147,7 +149,7 @@ class Live:
             self._seen.update(ids)
         score = None
         if taken and sampling.logprobs is not None:
-            logprob, top = log_probabilities(raw, token, sampling.logprobs)
+            logprob, top = log_probabilities(raw[: self.vocab.size], token, sampling.logprobs)
             score = Score(token, logprob, tuple(top))
         return Chunk(tuple(ids), score, closing=not taken), None if reason is None else Finish(reason, self.usage())
 

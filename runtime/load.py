@@ -102,7 +102,8 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         step_tokens=options.step_tokens,
         running=options.running,
     )
-    return TorchRunner(model, pages, page_size, options.step_tokens, options.running), vocab, sizes
+    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size)
+    return runner, vocab, sizes
 
 
 def choose_device(name: str) -> torch.device:

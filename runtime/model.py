@@ -169,7 +169,11 @@ class Model:
         )
 
     def forward(self, batch: Batch, kv: Tensor) -> Tensor:
-        """Write the keys and values of the batch's tokens and return the logits of the sampled rows.
+        """`hidden`, and the logits of the sampled rows: ``[r, vocab_size]`` fp32."""
+        return self.logits(self.hidden(batch, kv)[batch.sampled])
+
+    def hidden(self, batch: Batch, kv: Tensor) -> Tensor:
+        """Write the keys and values of the batch's tokens.
 
         Call it in inference mode.
 
@@ -178,7 +182,7 @@ class Model:
             kv: ``[layers, slots, 2, kv_heads, head_dim]``, written at ``batch.slots``.
 
         Returns:
-            ``[r, vocab_size]`` fp32.
+            ``[t, hidden]``, what the last layer gives, as `logits` takes it.
         """
         cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
         eps = self.config.norm_eps
@@ -191,7 +195,11 @@ class Model:
             x = layer.down(silu_mul(layer.gate_up(x)))
             if norm is not None:
                 x = add_rms_norm(x, stream, norm, eps)
-        return self.head(rms_norm((stream + x)[batch.sampled], self.norm, eps))
+        return stream + x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of some rows of `hidden`: ``[r, vocab_size]`` fp32."""
+        return self.head(rms_norm(hidden, self.norm, self.config.norm_eps))
 
     def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
         c = self.config

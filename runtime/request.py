@@ -9,6 +9,7 @@ from typing import Literal
 from agentkit.kernels.sample import Filter
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.grammar import GrammarSpec
+from agentkit.runtime.sequence import Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Request:
         stop: texts that end the output.
         ignore_end: go on after an end token (for benchmarks).
         namespace: requests of different namespaces never share pages.
+        targets: of the prompt, whose log-probabilities are wanted: then nothing is generated, and they come with
+            `Finish`.
     """
 
     ids: Sequence[int]
@@ -72,6 +75,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     namespace: str = ""
+    targets: Targets | None = None
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -142,7 +146,9 @@ class Finish:
         reason: ``stop`` at an end token, a stop text or the end of the grammar; ``length`` at ``max_tokens`` or the
             end of the context, with constrained output completed all the same.
         usage: tokens counted.
+        logprobs: natural log-probabilities of the request's targets, in order.
     """
 
     reason: Literal["stop", "length"]
     usage: Usage
+    logprobs: tuple[float, ...] = ()

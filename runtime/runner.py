@@ -1,7 +1,12 @@
-"""Runs one planned step on a model: page copies, the forward pass, logits of the sequences that reached their end."""
+"""Runs one planned step on a model: page copies, the forward pass, logits of the sequences that reached their end.
+
+Of rows that are asked about, as in scoring a text, only the log-probabilities of their targets come out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
@@ -16,8 +21,25 @@ from agentkit.kernels.pages import Copy as PageCopy
 from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
+from agentkit.kernels.sample import target_log_probabilities
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
+
+#: Rows that go through the head at once where their logits are not kept: 64 rows of Qwen3's table are 39 MB.
+HEAD_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step gives.
+
+    Attributes:
+        logits: ``[r, vocab_size]`` fp32, one row for each entry that samples, in order.
+        scores: ``[k]`` fp32, natural log-probabilities of the targets of all entries, in order.
+    """
+
+    logits: Tensor
+    scores: Tensor
 
 
 class Runner(Protocol):
@@ -33,12 +55,8 @@ class Runner(Protocol):
         """Bytes of weights one decode step reads; 0 where there is no model."""
         ...
 
-    def step(self, plan: Plan) -> Tensor:
-        """Execute a plan.
-
-        Returns:
-            ``[r, vocab_size]`` fp32, one row for each entry that samples, in order.
-        """
+    def step(self, plan: Plan) -> Output:
+        """Execute a plan."""
         ...
 
 
@@ -51,10 +69,13 @@ class TorchRunner:
         page_size: tokens in a page; a power of two on a GPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
+        tokens: ids below this are tokens, the others pad the model's table; all by default.
     """
 
-    def __init__(self, model: Model, pages: int, page_size: int, step_tokens: int, running: int) -> None:
-        self.model, self.page_size = model, page_size
+    def __init__(
+        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+    ) -> None:
+        self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
@@ -75,10 +96,30 @@ class TorchRunner:
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
 
-    def step(self, plan: Plan) -> Tensor:
+    def step(self, plan: Plan) -> Output:
         for copy in plan.copies:  # one by one: the target of one may be the source of the next
             copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
-        return self.model.forward(self._batch(plan), self.kv)
+        batch = self._batch(plan)
+        hidden = self.model.hidden(batch, self.kv)
+        return Output(self.model.logits(hidden[batch.sampled]), self._scores(plan, hidden))
+
+    def _scores(self, plan: Plan, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the targets. Their logits, far larger than all else of a step, exist piece by piece."""
+        rows: list[int] = []
+        targets: list[tuple[int, ...]] = []
+        end = 0
+        for entry in plan.entries:
+            end += entry.n
+            rows += range(end - entry.scored, end)
+            targets += entry.targets
+        scores = [torch.empty(0, device=hidden.device)]
+        for start in range(0, len(rows), HEAD_ROWS):
+            piece = slice(start, start + HEAD_ROWS)
+            logits = self.model.logits(hidden[self._tensor(rows[piece])])[:, : self.tokens]
+            places = [place for place, tokens in enumerate(targets[piece]) for _ in tokens]
+            tokens = self._tensor(chain.from_iterable(targets[piece]))
+            scores.append(target_log_probabilities(logits, self._tensor(places), tokens))
+        return torch.cat(scores)
 
     def _batch(self, plan: Plan) -> Batch:
         sampled: list[int] = []
@@ -99,7 +140,7 @@ class TorchRunner:
             sampled=tensor(sampled),
         )
 
-    def _tensor(self, values: chain[int] | list[int]) -> Tensor:
+    def _tensor(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.model.device)
 
     def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | AttentionPlan:

@@ -69,7 +69,7 @@ class GraphDecoder:
         plan = self.decoder.scheduler.plan()
         try:
             self._fill(plan)
-            logits = self.decoder.runner.step(plan)
+            logits = self.decoder.runner.step(plan).logits
             with plans_on_any_device():
                 self._graph = capture(self._launch)
             self.replay()

@@ -173,7 +173,7 @@ class Decoder:
         times = [time.perf_counter()]
         plan = self.scheduler.plan()
         times.append(time.perf_counter())
-        logits = self.runner.step(plan)
+        logits = self.runner.step(plan).logits
         times.append(time.perf_counter())
         tokens = self.choose(logits, plan)
         times.append(time.perf_counter())

@@ -22,6 +22,7 @@ from agentkit.kernels.sample import (
     log_probabilities,
     penalize_,
     sample,
+    target_log_probabilities,
 )
 
 filters = st.builds(
@@ -253,3 +254,12 @@ def test_log_probabilities_are_the_log_softmax() -> None:
     assert [t for t, _ in top] == want.topk(3).indices.tolist()
     assert [p for _, p in top] == pytest.approx(want.topk(3).values.tolist(), abs=1e-5)
     assert log_probabilities(logits, 7, 0)[1] == []
+
+
+def test_log_probabilities_of_targets_are_log_softmax() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)) * 20 + 1e4
+    logits[2, 7] = math.inf * -1
+    rows, tokens = torch.tensor([0, 2, 2, 2]), torch.tensor([49, 0, 7, 0])
+    found = target_log_probabilities(logits, rows, tokens)
+    assert torch.allclose(found, logits.double().log_softmax(-1)[rows, tokens].float(), atol=2e-3)  # ulp of 1e4
+    assert found[2] == -math.inf

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from agentkit.runtime.errors import AgentError, CapacityError, EngineError, Sche
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import ChoiceSpec, JsonSpec, LarkSpec, RegexSpec
 from agentkit.runtime.request import Request, Sampling, Usage
+from agentkit.runtime.runner import Output
 from agentkit.runtime.sequence import Plan
 from tests import tiny
 
@@ -247,10 +251,99 @@ async def test_what_can_never_fit_is_refused_at_the_door(engine: Engine) -> None
     assert len((await run(engine, max_tokens=3, ignore_end=True)).ids) == 3
 
 
+@pytest.mark.parametrize(
+    ("ids", "options", "kind", "named"),
+    [
+        ([], [[1]], ValueError, "ids is empty"),
+        ([1], [], ValueError, "at least one"),
+        ([1], [[1], []], ValueError, "at least one token"),
+        ([1], [[1], [259]], ValueError, "259 is to be scored"),  # a row that pads the table
+        ([1], [[-1]], ValueError, "-1 is to be scored"),
+        ([9999], [[1]], ValueError, "no token of"),
+        ([1] * 500, [[1], [1] * 13], CapacityError, "513 tokens .* holds 512. Shorten"),
+    ],
+)
+async def test_continuations_that_cannot_be_scored_are_refused_and_the_next_ones_work(
+    engine: Engine, ids: list[int], options: list[list[int]], kind: type[Exception], named: str
+) -> None:
+    with pytest.raises(kind, match=named):
+        await engine.continuations(ids, options)
+    assert len((await engine.continuations([1] * 500, [[1] * 12])).logprobs[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("ids", "start", "kind", "named"),
+    [
+        ([], 1, ValueError, "ids has 0 tokens"),
+        ([1], 1, ValueError, "at least two"),
+        ([1, 2, 3], 0, ValueError, "between 1 and 2 .* not at 0"),
+        ([1, 2, 3], 3, ValueError, "not at 3"),
+        ([1, 2, 3], -1, ValueError, "not at -1"),
+        ([1, 270], 1, ValueError, "270 is to be scored"),
+        ([1] * 513, 1, CapacityError, "513 tokens .* holds 512"),
+    ],
+)
+async def test_a_text_that_cannot_be_scored_is_refused_and_the_next_one_works(
+    engine: Engine, ids: list[int], start: int, kind: type[Exception], named: str
+) -> None:
+    with pytest.raises(kind, match=named):
+        await engine.score(ids, start)
+    assert len((await engine.score([1] * 512)).logprobs) == 511
+
+
+async def test_scores_of_namespaces_share_nothing(engine: Engine) -> None:
+    ids = list(range(40))
+    for namespace, cached in (("a", 0), ("b", 0), ("a", 29)):
+        assert (await engine.score(ids, 30, namespace=namespace)).usage.cached == cached
+
+
+async def test_scoring_that_is_left_or_fails_takes_nobody_along(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, seen = engine.runner.step, anyio.Event()
+    loop = anyio.lowlevel.current_token()
+
+    def slowly(plan: Plan) -> Output:
+        anyio.from_thread.run_sync(seen.set, token=loop)
+        return healthy(plan)
+
+    monkeypatch.setattr(engine.runner, "step", slowly)
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.score, [3] * 400)
+        await seen.wait()
+        group.cancel_scope.cancel()
+    assert engine.stats().running == engine.stats().waiting == 0
+
+    def failing(plan: Plan) -> Output:
+        output = healthy(plan)
+        if any(entry.seq.ids[0] == 4 for entry in plan.entries):
+            raise RuntimeError("out of memory")
+        return replace(output, scores=output.scores * float("nan"))
+
+    monkeypatch.setattr(engine.runner, "step", failing)
+    with pytest.raises(EngineError, match="out of memory"):
+        await engine.continuations([4], [[1], [2, 3]])
+    with pytest.raises(EngineError, match="the logits are not numbers"):
+        await engine.score([5] * 40)
+    monkeypatch.setattr(engine.runner, "step", healthy)
+    engine.check()
+    assert len((await run(engine, max_tokens=3, ignore_end=True)).ids) == 3
+
+
+async def test_a_closed_engine_scores_nothing(folder: Path) -> None:
+    with tiny.engine(folder) as engine:
+        pass
+    with pytest.raises(EngineError, match="closed"):
+        await engine.score([1, 2])
+
+
 async def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(folder: Path) -> None:
     with tiny.engine(folder, kv_bytes=3 * 2 * 2 * 32 * 4 * 64) as engine:
         with pytest.raises(CapacityError, match="100 tokens; .* holds 64"):
             engine.generate(Request([1] * 100))
+        with pytest.raises(CapacityError, match="65 tokens .* the page pool of .* holds 64"):
+            await engine.score([1] * 65)
+        assert len((await engine.score([1] * 64)).logprobs) == 63
         assert (await run(engine, max_tokens=3, ignore_end=True)).finish is not None
 
 
@@ -260,7 +353,7 @@ async def test_a_step_that_fails_ends_its_requests_and_no_others(
     healthy = engine.runner.step
     failures = iter([True])
 
-    def failing(plan: Plan) -> torch.Tensor:
+    def failing(plan: Plan) -> Output:
         if any(entry.seq.ids[0] == 66 for entry in plan.entries) and next(failures, False):
             raise RuntimeError("out of memory")
         return healthy(plan)

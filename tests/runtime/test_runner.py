@@ -72,7 +72,7 @@ def test_page_lists_give_the_attention_of_the_layout(runner: TorchRunner, name: 
 def test_a_step_writes_what_it_computes_and_nothing_else(runner: TorchRunner) -> None:
     runner.kv.zero_()
     with torch.inference_mode():
-        logits = runner.step(Plan([entry(sequence(1, [5, 3], 20, 0))], [], []))
+        logits = runner.step(Plan([entry(sequence(1, [5, 3], 20, 0))], [], [])).logits
     assert logits.shape == (1, runner.vocab_size)
     written = runner.kv.abs().sum((0, 2, 3, 4)).nonzero().squeeze(1).tolist()
     assert sorted(written) == [*range(3 * PAGE, 3 * PAGE + 4), *range(5 * PAGE, 6 * PAGE)]
