@@ -24,6 +24,7 @@ from agentkit.tool import tool as tool
 if TYPE_CHECKING:
     from agentkit.agent import Agent as Agent
     from agentkit.agent import Run as Run
+    from agentkit.decision import Decision as Decision
     from agentkit.extraction import Extracted as Extracted
     from agentkit.extraction import extract as extract
     from agentkit.limits import Limits as Limits
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 # programs that only define an agent take to run.
 _HOMES = {
     "agent": ["Agent", "Run"],
+    "decision": ["Decision"],
     "extraction": ["Extracted", "extract"],
     "limits": ["Limits"],
     "loading": ["load"],

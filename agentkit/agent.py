@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
+from agentkit.decision import C, Decision, decide, texts
 from agentkit.limits import Limits
 from agentkit.loop import Finished, Job, Loop, ToolFinished, TurnFinished
 from agentkit.result import RunResult, Session
@@ -147,6 +148,35 @@ class Agent(Generic[Out]):
         """
         return Run(self, task, deps, session, limits or self.limits, tool_choice)
 
+    async def decide(
+        self, question: str, choices: Iterable[C], *, session: Session | None = None, abstain: float | None = None
+    ) -> Decision[C]:
+        """How likely the model is to answer with each of some texts: no word is generated.
+
+        The question is a user's turn in the conversation that a run would have, instructions and tools included, so
+        both share their pages. Nothing is added to it: say in the question, or in the instructions, what the answers
+        are. What is computed is the model's own probability, before `sampling`, that its turn is the text of a choice
+        and then ends, divided by the sum over the choices. It is a joint probability, so longer choices tend to have
+        less of it: choose texts of about the same length, or give them letters.
+
+        Args:
+            question: what the user asks.
+            choices: at least two different texts, or Enum members whose values are texts; an Enum class gives all.
+            session: ask at its end. It stays as it is; the question is not part of it afterwards.
+            abstain: a probability; if the best choice has less, `Decision.choice` is None.
+
+        Raises:
+            ValueError: choices that are none, or ``abstain`` outside of 0 to 1.
+            AgentError: as for `stream`.
+        """
+        said = texts(choices)
+        if abstain is not None and not 0 <= abstain <= 1:
+            raise ValueError(f"abstain must lie between 0 and 1, not {abstain}")
+        loaded = await self.load()
+        transcript = _transcript(self, loaded, session)
+        transcript.append(*_messages(self, transcript, question))
+        return await decide(loaded.engine, transcript.ids, said, abstain or 0.0)
+
     async def load(self) -> LoadedModel:
         """Load the agent's model now rather than at its first run."""
         inside = override.get()
@@ -216,7 +246,7 @@ class Run(Generic[Out]):
 
     async def _loop(self) -> RunResult[Out]:
         loaded = await self._agent.load()
-        transcript = self._transcript(loaded)
+        transcript = _transcript(self._agent, loaded, self._session)
         tools = {tool.name: tool for tool in cast("Sequence[Tool[..., Any]]", self._agent.tools)}
         unknown = [c for c in self._choices if c not in ("auto", "required", "none") and c not in tools]
         if unknown:
@@ -231,23 +261,31 @@ class Run(Generic[Out]):
             deps=self._deps,
             specs=loaded.specs,
         )
-        messages: list[Message] = [User(self._task)]
-        if not transcript.ids and self._agent.instructions:
-            messages.insert(0, System(self._agent.instructions))
+        messages = _messages(self._agent, transcript, self._task)
         return await Loop(job, transcript, self._send.send_nowait).run(messages)
 
-    def _transcript(self, loaded: LoadedModel) -> Transcript:
-        tools = cast("Sequence[Tool[..., Any]]", self._agent.tools)
-        if self._session is None:
-            return Transcript(loaded.template, tools)
-        if self._session.model != loaded.engine.name:
-            raise AgentError(
-                f"the session is of {self._session.model}, this agent runs {loaded.engine.name}: "
-                "token ids of one model mean nothing to another"
-            )
-        if [t.name for t in self._session.transcript.tools] != [t.name for t in tools]:
-            raise AgentError("the session was begun with other tools: continue it with the agent that made it")
-        return self._session.transcript.fork()
+
+def _transcript(agent: Agent[Any], loaded: LoadedModel, session: Session | None) -> Transcript:
+    """A conversation of the agent: a new one, or a copy of the session's."""
+    tools = cast("Sequence[Tool[..., Any]]", agent.tools)
+    if session is None:
+        return Transcript(loaded.template, tools)
+    if session.model != loaded.engine.name:
+        raise AgentError(
+            f"the session is of {session.model}, this agent runs {loaded.engine.name}: "
+            "token ids of one model mean nothing to another"
+        )
+    if [t.name for t in session.transcript.tools] != [t.name for t in tools]:
+        raise AgentError("the session was begun with other tools: continue it with the agent that made it")
+    return session.transcript.fork()
+
+
+def _messages(agent: Agent[Any], transcript: Transcript, task: str) -> list[Message]:
+    """What to append for a task; the instructions stand once, at the beginning."""
+    messages: list[Message] = [User(task)]
+    if not transcript.ids and agent.instructions:
+        messages.insert(0, System(agent.instructions))
+    return messages
 
 
 def _constraint(output: type[Out]) -> Constraint[Out] | None:
