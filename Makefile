@@ -25,6 +25,7 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/agentkit models pull smollm2-135m
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/drafts.py
 	$(BIN)/python bench/schemas.py
 	$(BIN)/python bench/bfcl.py
 

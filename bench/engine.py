@@ -20,11 +20,11 @@ from pathlib import Path
 
 import anyio
 import torch
-from torch import Tensor
 
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.grammar import GrammarSpec, RegexSpec
 from agentkit.runtime.request import Request
+from agentkit.runtime.runner import Output
 from agentkit.runtime.sequence import Plan
 from agentkit.script import byte_vocabulary
 
@@ -43,8 +43,8 @@ class Nothing:
         self._logits = torch.zeros(256, vocab_size)
         self._logits[:, favourite] = 1.0
 
-    def step(self, plan: Plan) -> Tensor:
-        return self._logits[: sum(entry.sample for entry in plan.entries)].clone()
+    def step(self, plan: Plan) -> Output:
+        return Output(self._logits[: sum(entry.sample for entry in plan.entries)].clone(), torch.empty(0))
 
 
 async def generate(engine: Engine, history: int, count: int, new: int, grammar: GrammarSpec | None) -> float:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
@@ -28,10 +29,16 @@ from agentkit.runtime.radix import PrefixTree
 from agentkit.runtime.request import Chunk, Finish, Request, Usage
 from agentkit.runtime.runner import Runner
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
-from agentkit.runtime.sequence import Plan
+from agentkit.runtime.sequence import Plan, State
 from agentkit.runtime.vocab import Vocabulary
 
 T = TypeVar("T")
+
+#: Up to this many decoding sequences have drafts: with more, a step has many rows as it is, and each costs.
+_FEW = 4
+
+#: What a step has brought a request: chunks, and the error that ends it, if one does.
+Outcome = tuple[Live, list[Chunk], AgentError | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class Sizes:
         page_size: tokens in a page.
         step_tokens: most tokens computed in one step; longer prompts are prefilled in chunks of it.
         running: most sequences in one step.
+        drafts: most guesses at what follows that one sequence has verified in one step; 0 for none.
     """
 
     context: int
@@ -51,6 +59,7 @@ class Sizes:
     page_size: int = 16
     step_tokens: int = 512
     running: int = 64
+    drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,13 +358,17 @@ class Engine:
         self._emit_parked()
         if not any(live.parked is None for live in self._live.values()):
             return
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._drafts())
         for rid, error in plan.failed:
             self._live.pop(rid).generation.push(error)
         if not plan.entries:
             self._scheduler.complete(plan)
             return
-        taking = [self._live[e.seq.rid] for e in plan.entries if e.sample]
+        taking: list[Live] = []
+        for entry in plan.entries:
+            if entry.sample:
+                taking.append(self._live[entry.seq.rid])
+                taking[-1].verify(entry.draft)
         masks = self._masks.submit(self._fill, taking)
         try:
             output = self.runner.step(plan)
@@ -364,37 +377,57 @@ class Engine:
         except Exception as error:
             self._fail(plan, error)
             return
-        self._scheduler.complete(plan)
         self._steps += 1
-        self._computed += sum(entry.n for entry in plan.entries)
-        self._answer(plan, scores)
-        self._take(taking, output.logits, mask)
+        self._computed += sum(entry.rows for entry in plan.entries)
+        outcomes = self._answer(plan, scores) + self._take(taking, output.logits, mask)
+        self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
+        self._hand_out(outcomes)
+
+    def _drafts(self) -> dict[int, list[int]]:
+        """What may follow the sequences that decode, by rid."""
+        if not self.sizes.drafts:
+            return {}
+        decoding = [
+            live
+            for live in self._live.values()
+            if live.parked is None
+            and live.sequence.state is State.RUNNING
+            and live.sequence.decodes
+            and live.sequence.targets is None
+        ]
+        if len(decoding) > _FEW:
+            return {}
+        return {live.generation.rid: live.propose(self.sizes.drafts) for live in decoding}
 
     def _fill(self, taking: list[Live]) -> Tensor:
         """Mask rows of the sequences that will sample, filled while the forward pass runs."""
-        mask = self._static.repeat(len(taking), 1)
-        for live, row in zip(taking, mask, strict=True):
+        mask = self._static.repeat(sum(live.rows for live in taking), 1)
+        for live, rows in zip(taking, mask.split([live.rows for live in taking]), strict=True):
             try:
-                live.fill(row)
+                live.fill(rows)
             except AgentError as error:  # one request's grammar must not end the step of the others
                 live.refused = error
         return mask
 
-    def _take(self, taking: list[Live], logits: Tensor, mask: Tensor) -> None:
+    def _take(self, taking: list[Live], logits: Tensor, mask: Tensor) -> list[Outcome]:
         """Go on with the sequences of a step; the logits of those whose grammar is being compiled are kept."""
+        lives: list[Live] = []
         chosen: list[int] = []
-        for i, live in enumerate(taking):
+        at = 0
+        for live in taking:
             if not live.ready or live.unmasked:  # compiled by now perhaps, but not when its mask was filled
-                live.parked = logits[i].clone()
+                live.parked = logits[at].clone()
             else:
-                chosen.append(i)
-        if len(chosen) < len(taking):
-            taking, logits, mask = [taking[i] for i in chosen], logits[chosen], mask[chosen]
-        if taking:
-            self._emit(taking, logits, mask)
+                lives.append(live)
+                chosen.extend(range(at, at + live.rows))
+            at += live.rows
+        if len(lives) < len(taking):
+            logits, mask = logits[chosen], mask[chosen]
+        return self._emit(lives, logits, mask) if lives else []
 
-    def _answer(self, plan: Plan, scores: list[float]) -> None:
-        """Keep the log-probabilities of a step, and end the requests that have got all of theirs."""
+    def _answer(self, plan: Plan, scores: list[float]) -> list[Outcome]:
+        """Keep the log-probabilities of a step; the requests that have got all of theirs, or cannot."""
+        outcomes: list[Outcome] = []
         for entry in plan.entries:
             if not entry.scored:
                 continue
@@ -403,50 +436,62 @@ class Engine:
             found, scores = scores[:count], scores[count:]
             live.logprobs += found
             if any(map(math.isnan, found)):
-                live.generation.push(EngineError("scoring failed: the logits are not numbers"))
-                self._drop(entry.seq.rid)
+                outcomes.append((live, [], EngineError("scoring failed: the logits are not numbers")))
             elif entry.start + entry.n == len(entry.seq.ids):
-                self._hand_out(live, Chunk(()), Finish("stop", live.usage(), tuple(live.logprobs)))
+                live.ended = "stop"
+                outcomes.append((live, [], None))
+        return outcomes
 
     def _emit_parked(self) -> None:
         """Go on with the sequences whose grammar has been compiled meanwhile."""
         parked = [(live, live.parked) for live in self._live.values() if live.parked is not None and live.ready]
         if parked:
             lives = [live for live, _ in parked]
-            self._emit(lives, torch.stack([logits for _, logits in parked]), self._fill(lives))
+            self._hand_out(self._emit(lives, torch.stack([logits for _, logits in parked]), self._fill(lives)))
 
-    def _emit(self, lives: list[Live], logits: Tensor, mask: Tensor) -> None:
-        """Turn logits into ids, hand them to the callers, and end the requests where they say so."""
-        raw = [live.penalize(row) for live, row in zip(lives, logits, strict=True)]
-        samplings = [live.generation.request.sampling for live in lives]
-        places = [len(live.sequence.ids) for live in lives]
+    def _emit(self, lives: list[Live], logits: Tensor, mask: Tensor) -> list[Outcome]:
+        """Turn logits into ids and append them to the sequences."""
+        counts = [live.rows for live in lives]
+        raw = [live.penalize(rows) for live, rows in zip(lives, logits.split(counts), strict=True)]
+        samplings = [live.generation.request.sampling for live in lives for _ in range(live.rows)]
+        places = [len(live.sequence.ids) + i for live in lives for i in range(live.rows)]
         rows = Rows.of([s.filter for s in samplings], [s.seed for s in samplings], places, logits.device)
         sampled = sample(logits, mask.to(logits.device), rows)
-        tokens = cast("list[int]", sampled.ids.tolist())  # pyright: ignore[reportUnknownMemberType]
-        for live, token, row in zip(lives, tokens, raw, strict=True):
-            live.parked = None
-            try:
-                if live.refused is not None:
-                    raise live.refused
-                chunk, finish = live.advance(token, row)
-            except AgentError as error:
-                live.generation.push(error)
-                self._drop(live.generation.rid)
-            except Exception as error:
-                live.generation.push(EngineError(f"sampling failed: {error!r}"))
-                self._drop(live.generation.rid)
-            else:
-                self._hand_out(live, chunk, finish)
+        tokens = iter(cast("list[int]", sampled.ids.tolist()))  # pyright: ignore[reportUnknownMemberType]
+        return [
+            self._advance(live, list(islice(tokens, count)), rows)
+            for live, count, rows in zip(lives, counts, raw, strict=True)
+        ]
 
-    def _hand_out(self, live: Live, chunk: Chunk, finish: Finish | None) -> None:
-        rid = live.generation.rid
-        self._scheduler.append(rid, chunk.ids)
-        if chunk.ids:  # none where the budget ends with an output that is complete as it stands
-            live.generation.push(chunk)
-        if finish is not None:
-            self._live.pop(rid)
-            self._scheduler.finish(rid)
-            live.generation.push(finish)
+    def _advance(self, live: Live, tokens: list[int], raw: Tensor) -> Outcome:
+        live.parked = None
+        chunks: list[Chunk] = []
+        error: AgentError | None = live.refused
+        if error is None:
+            try:
+                for chunk in live.advance(tokens, raw):
+                    self._scheduler.append(live.generation.rid, chunk.ids)
+                    chunks.append(chunk)
+            except AgentError as refusal:
+                error = refusal
+            except Exception as failure:
+                error = EngineError(f"sampling failed: {failure!r}")
+        return live, chunks, error
+
+    def _hand_out(self, outcomes: list[Outcome]) -> None:
+        """Tell the callers, and end the requests whose outputs say so."""
+        for live, chunks, error in outcomes:
+            rid = live.generation.rid
+            for chunk in chunks:
+                if chunk.ids:  # none where the budget ends with an output that is complete as it stands
+                    live.generation.push(chunk)
+            if error is not None:
+                live.generation.push(error)
+                self._drop(rid)
+            elif live.ended is not None:
+                self._live.pop(rid)
+                self._scheduler.finish(rid)
+                live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not run: nothing of it may be published, and its requests end with the cause."""

@@ -115,7 +115,7 @@ class Grammar:
 
     def matcher(self) -> Matcher:
         """State of a new output."""
-        return Matcher(self._root.deep_copy(), self._tables, self._search)
+        return Matcher(self._root, self._root.deep_copy(), self._tables, self._search)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +141,10 @@ class Matcher:
     An end id is legal wherever the output may stop; after it nothing is.
     """
 
-    __slots__ = ("_ended", "_ids", "_llm", "_search", "_tables")
+    __slots__ = ("_ended", "_ids", "_llm", "_root", "_search", "_tables")
 
-    def __init__(self, llm: llguidance.LLMatcher, tables: _Tables, search: Search) -> None:
-        self._llm, self._tables, self._search = llm, tables, search
+    def __init__(self, root: llguidance.LLMatcher, llm: llguidance.LLMatcher, tables: _Tables, search: Search) -> None:
+        self._root, self._llm, self._tables, self._search = root, llm, tables, search
         self._ids: list[int] = []  # the journal
         self._ended = False
 
@@ -193,20 +193,24 @@ class Matcher:
         return legal
 
     def rollback(self, n: int) -> None:
-        """Undo the last `n` ids, forced ones and an end id included.
+        """Undo the last `n` ids, forced ones and an end id included, and with them what they led to: a grammar that
+        became too complex there is sound again.
 
         Raises:
             ValueError: fewer have been taken.
         """
         if not 0 <= n <= len(self._ids):
             raise ValueError(f"cannot undo {n} of {len(self._ids)} ids")
-        if n == 0:
-            return
-        plain = n - self._ended
-        self._ended = False
-        if plain and not self._llm.rollback(plain):
+        plain = n - (self._ended and n > 0)
+        self._ended &= n == 0
+        del self._ids[len(self._ids) - n :]
+        if self._llm.is_error():  # llguidance goes nowhere from an error: begin anew
+            self._llm = self._root.deep_copy()
+            sound = self._llm.try_consume_tokens(self._ids) == len(self._ids)
+        else:
+            sound = plain == 0 or self._llm.rollback(plain)
+        if not sound:
             raise EngineError(f"The grammar could not be rolled back: {self._llm.get_error()}")
-        del self._ids[-n:]
 
     def forced(self) -> list[int]:
         """Ids that must come next, as `Vocabulary.encode` would write them; [] where there is a choice."""
@@ -226,7 +230,7 @@ class Matcher:
 
     def fork(self) -> Matcher:
         """An independent copy."""
-        fork = Matcher(self._llm.deep_copy(), self._tables, self._search)
+        fork = Matcher(self._root, self._llm.deep_copy(), self._tables, self._search)
         fork._ids, fork._ended = self._ids.copy(), self._ended
         return fork
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,10 +14,12 @@ from torch import Tensor
 
 from agentkit.kernels.sample import log_probabilities, penalize_
 from agentkit.runtime.closing import Closer
+from agentkit.runtime.draft import Drafter
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import Grammar, Matcher
-from agentkit.runtime.request import Chunk, Finish, Sampling, Score, Usage
+from agentkit.runtime.radix import common_prefix
+from agentkit.runtime.request import Chunk, Sampling, Score, Usage
 from agentkit.runtime.sequence import Sequence
 from agentkit.runtime.text import Detokenizer, StopStrings
 from agentkit.runtime.vocab import Vocabulary
@@ -41,6 +46,8 @@ class Live:
         hastened: end as soon as the output can be complete.
         refused: why the grammar cannot be used; it ends the request at its next token.
         logprobs: of the request's targets so far.
+        rows: logits of the step in flight, or of the next one: one, and one for each drafted id.
+        ended: why the output has ended.
     """
 
     def __init__(
@@ -59,9 +66,13 @@ class Live:
         self.matcher: Matcher | None = None
         self.refused: AgentError | None = None
         self.logprobs: list[float] = []
+        self.rows = 1
+        self.ended: Reason | None = None
+        self._draft: tuple[int, ...] = ()  # what the step in flight verifies
+        self._drafter: Drafter | None = None
         self._closer: Closer | None = None
         self._reserve = 0
-        self._decoded = self._forced = 0
+        self._decoded = self._forced = self._drafted = self._accepted = 0
         self._seen: set[int] = set(request.ids) if request.sampling.repetition_penalty != 1 else set()
         self._stops = StopStrings(request.stop) if request.stop else None
         self._text = Detokenizer(vocab)
@@ -92,11 +103,34 @@ class Live:
             child._closer = Closer(child.matcher, self._reserve)
         child._stops = self._stops.fork() if self._stops is not None else None
         child._text = self._text.fork()
+        child._drafter = self._drafter.fork() if self._drafter is not None else None
         child.parked = None if self.parked is None else self.parked.clone()
         return child
 
-    def fill(self, mask: Tensor) -> None:
-        """Write what may come next into ``mask``, ``[words]`` int32, which holds the free-text mask.
+    def propose(self, most: int) -> list[int]:
+        """Up to ``most`` ids that may follow and are worth verifying; the grammar allows them one after the other."""
+        if self.unmasked or self.hastened:
+            return []
+        if self._drafter is None:
+            self._drafter = Drafter(self.sequence.ids)
+        draft = self._drafter.propose(min(most, self.left - 1))
+        control = self.vocab.end_ids if self.matcher is not None else self._control
+        draft = draft[: next((i for i, token in enumerate(draft) if token in control), len(draft))]
+        return draft[: self.matcher.validate(draft)] if self.matcher is not None and draft else draft
+
+    @cached_property
+    def _control(self) -> frozenset[int]:
+        """Ids that are no part of a text: free text holds none, and at an end there is nothing to save."""
+        return frozenset(self.vocab.control.values()) | self.vocab.end_ids
+
+    def verify(self, draft: tuple[int, ...]) -> None:
+        """The step that begins now has these ids behind the sequence's own."""
+        self._draft, self.rows = draft, 1 + len(draft)
+        self._drafted += len(draft)
+
+    def fill(self, masks: Tensor) -> None:
+        """Write what may come next, and after each drafted id, into ``masks``, ``[rows, words]`` int32, which hold
+        the free-text mask.
 
         Raises:
             SchemaError: the grammar could not be compiled.
@@ -107,7 +141,18 @@ class Live:
         if self.matcher is None:
             self._begin(self.grammar.result())
         assert self.matcher is not None
-        self.matcher.fill(mask.numpy())
+        first, *others = masks.numpy()
+        self.matcher.fill(first)
+        taken = filled = 0
+        try:
+            for token, row in zip(self._draft, others, strict=True):
+                taken += self.matcher.advance(token)
+                self.matcher.fill(row)
+                filled += 1
+        except AgentError:  # where a wrong guess leads is no matter of the output
+            self._draft = self._draft[:filled]
+        finally:
+            self.matcher.rollback(taken)
 
     def _begin(self, grammar: Grammar) -> None:
         if grammar.minimum > self.left:
@@ -119,7 +164,7 @@ class Live:
         self._closer = Closer(self.matcher, self._reserve)
 
     def penalize(self, logits: Tensor) -> Tensor:
-        """Apply the repetition penalty to ``[v]`` fp32 in place.
+        """Apply the repetition penalty to ``[rows, v]`` fp32 in place.
 
         Returns:
             The logits as the model gave them, for log-probabilities.
@@ -128,30 +173,48 @@ class Live:
         raw = logits
         if self._seen:
             raw = logits.clone() if sampling.logprobs is not None else logits
-            penalize_(logits, torch.tensor(sorted(self._seen), device=logits.device), sampling.repetition_penalty)
+            for at, row in enumerate(logits):
+                seen = sorted(self._seen.union(self._draft[:at]))
+                penalize_(row, torch.tensor(seen, device=row.device), sampling.repetition_penalty)
         return raw
 
-    def advance(self, token: int, raw: Tensor) -> tuple[Chunk, Finish | None]:
-        """Take the sampled id, add what the grammar forces, and say whether the output has ended.
+    def advance(self, tokens: Ids[int], raw: Tensor) -> Iterator[Chunk]:
+        """Take the id sampled first, then, as long as the output is what was drafted, those sampled behind it.
+
+        Each gives a chunk, as if it had come in a step of its own. When all are taken, `ended` says whether and why
+        the output has ended.
 
         Args:
-            token: what was sampled; negative if nothing could be.
-            raw: ``[v]`` fp32, the model's logits; read only where log-probabilities are wanted.
+            tokens: what was sampled in each row; negative if nothing could be.
+            raw: ``[rows, v]`` fp32, the model's logits; read only where log-probabilities are wanted.
         """
+        draft, self._draft, self.rows = self._draft, (), 1
+        ids: list[int] = []
+        while self.ended is None and common_prefix(draft, ids) == len(ids):
+            at = len(ids)
+            chunk = self._take(tokens[at], raw[at])
+            ids += chunk.ids
+            self._accepted += common_prefix(draft[at:], chunk.ids)
+            yield chunk
+
+    def _take(self, token: int, raw: Tensor) -> Chunk:
+        """A sampled id and what the grammar forces after it."""
         if token < 0:
             raise ValueError("no token is allowed here, or the logits are not numbers")
         sampling = self.generation.request.sampling
-        ids, reason = self._follow(token)
+        ids, self.ended = self._follow(token)
         taken = ids[:1] == [token]  # not where the budget has no room for it
         self._decoded += taken
         self._forced += len(ids) - taken
         if sampling.repetition_penalty != 1:
             self._seen.update(ids)
+        if self._drafter is not None and ids:
+            self._drafter.observe(tuple(ids))
         score = None
         if taken and sampling.logprobs is not None:
             logprob, top = log_probabilities(raw[: self.vocab.size], token, sampling.logprobs)
             score = Score(token, logprob, tuple(top))
-        return Chunk(tuple(ids), score, closing=not taken), None if reason is None else Finish(reason, self.usage())
+        return Chunk(tuple(ids), score, closing=not taken)
 
     def _follow(self, token: int) -> tuple[list[int], Reason | None]:
         """The sampled id and those that certainly come after it, cut where the output ends.
@@ -195,4 +258,4 @@ class Live:
     def usage(self) -> Usage:
         """Counts so far."""
         s = self.sequence
-        return Usage(s.cached, s.prefilled, self._decoded, self._forced, s.recomputed)
+        return Usage(s.cached, s.prefilled, self._decoded, self._forced, s.recomputed, self._drafted, self._accepted)

@@ -20,6 +20,8 @@ from agentkit.runtime.weights import open_checkpoint
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Sequences of full length that the pool holds by default, memory permitting.
 _FULL_SEQUENCES = 4
+#: Most guesses verified in one step of one sequence.
+_DRAFTED = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class Options:
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
+        drafts: guess what is copied from the context and verify several tokens in one step where that pays. What
+            comes out is the same, but for ties that the rounding of a step decides.
     """
 
     device: str = "auto"
@@ -48,6 +52,7 @@ class Options:
     page_size: int | None = None
     step_tokens: int = 512
     running: int = 64
+    drafts: bool = True
 
 
 def load_engine(path: Path, options: Options | None = None, name: str | None = None) -> Engine:
@@ -101,6 +106,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         page_size=page_size,
         step_tokens=options.step_tokens,
         running=options.running,
+        drafts=_DRAFTED if options.drafts else 0,
     )
     runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size)
     return runner, vocab, sizes

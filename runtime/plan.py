@@ -6,12 +6,18 @@ prefill chunks and recomputation after a preemption are one case (the idea is vL
 `Scheduler.plan`, the forward pass, `Scheduler.complete`. Whatever is finished, aborted or preempted in between gives
 its pages back in `complete` only, and pages enter the prefix tree there only: nothing is ever free, or shared, while a
 kernel may still write to it.
+
+Drafts are guesses at what follows a sequence's ids. They are computed behind them in the same step, from the budget and
+the free pages that are left, and never enter the ids: `Scheduler.complete` counts those that the ids have turned out to
+go on with, and gives the pages of the others back. Their KV is overwritten by whatever comes in their place.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Ids
+from dataclasses import replace
 
 from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
@@ -165,9 +171,13 @@ class Scheduler:
 
     # --- a step
 
-    def plan(self) -> Plan:
-        """Choose the next step and allocate its pages. Run the copies, then the entries, then call
-        `complete`.
+    def plan(self, drafts: Mapping[int, Ids[int]] | None = None) -> Plan:
+        """Choose the next step and allocate its pages. Run the copies, then the entries, append what was
+        sampled, then call `complete`.
+
+        Args:
+            drafts: by rid, what may follow a sequence's ids. It is cut to what has room, and left out where the
+                step does not reach the last id.
 
         The plan is empty only when every sequence waits for `append` or `finish`, or for pages that such a
         one holds.
@@ -179,9 +189,10 @@ class Scheduler:
         preempted = self._continue_running(entries, plan)
         if not preempted or not entries:  # what a preemption has just freed is not for the queue
             self._admit_waiting(entries, plan)
+        self._add_drafts(entries, drafts or {})
         plan.entries.extend(entries.values())
         for entry in plan.entries:
-            entry.seq.in_flight = entry.n
+            entry.seq.in_flight = entry.rows
         idle = any(seq.awaiting for seq in self._sequences.values())
         if self._sequences and not (plan.entries or plan.failed or idle):
             raise Corruption(f"no progress is possible, yet requests are queued: {self.dump()}")
@@ -189,19 +200,26 @@ class Scheduler:
         return plan
 
     def complete(self, plan: Plan) -> None:
-        """Account for a step that has run: count tokens, publish full pages, release what has left."""
+        """Account for a step that has run: count tokens, publish full pages, release what has left.
+
+        Of a draft, as many ids are computed as those appended since `plan` have in common with it.
+        """
         if plan is not self._step:
             raise EngineError("complete() takes the plan in flight, once")
         self._step = None
         for entry in plan.entries:
             seq = entry.seq
             end = entry.start + entry.n
+            if entry.draft:
+                end += common_prefix(entry.draft, seq.ids[end : end + len(entry.draft)])
             fresh = max(entry.start, min(seq.reached, end))
             seq.recomputed += fresh - entry.start
             seq.prefilled += max(0, min(end, seq.prompt) - fresh)
             seq.reached = max(seq.reached, end)
             seq.computed, seq.in_flight = end, 0
             seq.awaiting = end == len(seq.ids)
+            while len(seq.pages) > self._pages(end):  # of rejected drafts
+                self.pool.release(seq.drop_page())
             self._publish(seq)
         self._unfence()
 
@@ -234,7 +252,7 @@ class Scheduler:
     def _continue_running(self, entries: dict[int, Entry], plan: Plan) -> bool:
         """Give running sequences their tokens; True if one was preempted for it."""
         order = sorted((s for s in self._running.values() if s.remaining), key=_urgency)
-        decoding = sum(1 for seq in order if _decodes(seq))
+        decoding = sum(1 for seq in order if seq.decodes)
         budget = self.token_budget
         preempted = False
         for place, seq in enumerate(order):
@@ -282,6 +300,19 @@ class Scheduler:
                 break  # first come, first served: nobody overtakes a sequence that waits for pages
             else:
                 self._fail(seq, plan)
+
+    def _add_drafts(self, entries: dict[int, Entry], drafts: Mapping[int, Ids[int]]) -> None:
+        """Let entries go on with their drafts as far as budget, context and free pages allow; nobody pays for it."""
+        budget = self.token_budget - sum(entry.n for entry in entries.values())
+        for rid, draft in drafts.items():
+            entry = entries.get(rid)
+            if entry is None or not entry.sample:
+                continue
+            room = min(len(draft), budget, self.max_context - len(entry.seq.ids))
+            fits = self._grow(entry.seq, entry.n + room) - entry.n
+            if fits:
+                entries[rid] = replace(entry, draft=tuple(draft[:fits]))
+                budget -= fits
 
     def _admit(self, seq: Sequence, match: Match, budget: int, plan: Plan) -> int:
         """Give a waiting sequence its cached prefix and a chunk; returns its tokens, 0 if pages lack."""
@@ -337,8 +368,12 @@ class Scheduler:
 
     def _extend(self, seq: Sequence, n: int) -> int:
         """Allocate pages for up to ``n`` more tokens, evicting as needed; returns how many have room."""
+        self._reserve(self._pages(seq.computed + n) - len(seq.pages))
+        return self._grow(seq, n)
+
+    def _grow(self, seq: Sequence, n: int) -> int:
+        """`_extend` with no more than the pages that are free."""
         lack = self._pages(seq.computed + n) - len(seq.pages)
-        self._reserve(lack)
         for _ in range(min(lack, self.pool.free)):
             page = self.pool.allocate(seq.pages[-1] if seq.pages else None)
             if page is None:
@@ -457,33 +492,15 @@ class Scheduler:
         if len(private) != len(set(private)) or len(private) != self.pool.private:
             raise Corruption(f"private pages {sorted(private)}, the pool counts {self.pool.private}: {self.dump()}")
         for seq in holders:
-            self._check_pages(seq)
+            if (fault := seq.fault(self.page_size)) is not None:
+                raise Corruption(f"request {seq.rid} {fault}: {self.dump()}")
         for seq in self._waiting:
             if seq.pages or seq.private or seq.node is not None or seq.state is not State.WAITING:
                 raise Corruption(f"waiting request {seq.rid} holds pages or is not waiting: {self.dump()}")
 
-    def _check_pages(self, seq: Sequence) -> None:
-        if seq.node is None or len(seq.pages) != self._pages(seq.computed + seq.in_flight):
-            raise Corruption(f"request {seq.rid} has the wrong number of pages: {self.dump()}")
-        if [page for first, count in seq.runs for page in range(first, first + count)] != seq.pages:
-            raise Corruption(f"request {seq.rid} has runs {seq.runs} for other pages: {self.dump()}")
-        path = seq.node.path()
-        ids = [token for node in path for token in node.ids]
-        if len(path) != seq.published or ids != seq.ids[: len(ids)] or seq.published != seq.computed // self.page_size:
-            raise Corruption(f"request {seq.rid} is locked on a path of other ids: {self.dump()}")
-        for index, page in enumerate(seq.pages):
-            if page not in seq.private and (index >= len(path) or path[index].page != page):
-                raise Corruption(f"request {seq.rid} reads page {page}, which is not its own: {self.dump()}")
-        if not seq.private <= set(seq.pages) or len(set(seq.pages)) != len(seq.pages):
-            raise Corruption(f"request {seq.rid} owns pages outside its table, or has one twice: {self.dump()}")
-
-
-def _decodes(seq: Sequence) -> bool:
-    return seq.computed + 1 >= seq.goal
-
 
 def _urgency(seq: Sequence) -> tuple[bool, int]:
-    return not _decodes(seq), seq.arrival
+    return not seq.decodes, seq.arrival
 
 
 def _entry(seq: Sequence, n: int) -> Entry:

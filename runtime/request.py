@@ -96,6 +96,8 @@ class Usage:
         decoded: output tokens the model chose.
         forced: output tokens the grammar left no choice about; they cost no decision.
         recomputed: tokens computed a second time after a preemption.
+        drafted: tokens guessed and verified.
+        accepted: of those, the right ones; they are among the decoded and forced.
     """
 
     cached: int = 0
@@ -103,6 +105,8 @@ class Usage:
     decoded: int = 0
     forced: int = 0
     recomputed: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -111,6 +115,8 @@ class Usage:
             self.decoded + other.decoded,
             self.forced + other.forced,
             self.recomputed + other.recomputed,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
         )
 
 
@@ -125,7 +131,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Ids that one step added: a sampled one and what the grammar forced after it.
+    """A sampled id and what the grammar forced after it; one step gives several where it verified a draft.
 
     Attributes:
         ids: in order, at least one.

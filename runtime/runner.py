@@ -34,7 +34,7 @@ class Output:
     """What a step gives.
 
     Attributes:
-        logits: ``[r, vocab_size]`` fp32, one row for each entry that samples, in order.
+        logits: ``[r, vocab_size]`` fp32, for each entry that samples, in order, a row and one for each id of its draft.
         scores: ``[k]`` fp32, natural log-probabilities of the targets of all entries, in order.
     """
 
@@ -109,7 +109,7 @@ class TorchRunner:
         targets: list[tuple[int, ...]] = []
         end = 0
         for entry in plan.entries:
-            end += entry.n
+            end += entry.rows
             rows += range(end - entry.scored, end)
             targets += entry.targets
         scores = [torch.empty(0, device=hidden.device)]
@@ -127,13 +127,13 @@ class TorchRunner:
         row = 0
         for entry in plan.entries:
             starts.append(row)
-            row += entry.n
+            row += entry.rows
             if entry.sample:
-                sampled.append(row - 1)
-        spans = [(e.start, e.start + e.n, e.seq) for e in plan.entries]
+                sampled.extend(range(row - 1 - len(entry.draft), row))
+        spans = [(e.start, e.start + e.rows, e.seq) for e in plan.entries]
         tensor = self._tensor
         return Batch(
-            ids=tensor(chain.from_iterable(seq.ids[a:b] for a, b, seq in spans)),
+            ids=tensor(chain.from_iterable(entry.ids for entry in plan.entries)),
             positions=tensor(chain.from_iterable(range(a, b) for a, b, _ in spans)),
             slots=tensor(chain.from_iterable(self._slots(seq.pages, a, b) for a, b, seq in spans)),
             work=self._work(plan.entries, starts, row),
@@ -146,10 +146,10 @@ class TorchRunner:
     def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU."""
         if self._attention is None:
-            works = [Work(start, e.n, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
+            works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
             return Layout(works, self.model.dtype)
         spans = [
-            Span(start, e.n, e.start + e.n, np.array(e.seq.pages, dtype=np.int32))
+            Span(start, e.rows, e.start + e.rows, np.array(e.seq.pages, dtype=np.int32))
             for start, e in zip(starts, entries, strict=True)
         ]
         self._attention.update(shared(spans, self.page_size), rows)
@@ -157,7 +157,7 @@ class TorchRunner:
 
     def _runs(self, entry: Entry) -> tuple[tuple[int, int], ...]:
         """Slots of the entry's context: runs of consecutive pages, the last one cut at the last token."""
-        size, left = self.page_size, entry.start + entry.n
+        size, left = self.page_size, entry.start + entry.rows
         runs: list[tuple[int, int]] = []
         for first, pages in entry.seq.runs:
             runs.append((first * size, min(pages * size, left)))

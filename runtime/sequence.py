@@ -39,13 +39,13 @@ class Sequence:
     """
 
     rid: int
-    ids: list[int]  # the prompt, then everything emitted or forced
+    ids: list[int]  # the prompt, then everything emitted or forced; drafts never
     namespace: str
     arrival: int
     prompt: int  # how many ids were there at submit
     state: State = State.WAITING
     computed: int = 0  # ids whose KV is in `pages`
-    in_flight: int = 0  # ids after those that the step in flight computes
+    in_flight: int = 0  # ids after those that the step in flight computes, drafted ones included
     pages: list[int] = field(default_factory=list[int])
     runs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # `pages` as (first page, how many)
     private: set[int] = field(default_factory=set[int])  # the pages it owns; the others are the tree's
@@ -72,6 +72,11 @@ class Sequence:
         """Ids that no step has computed yet."""
         return len(self.ids) - self.computed - self.in_flight
 
+    @property
+    def decodes(self) -> bool:
+        """Whether what remains is what was emitted last, and not a prompt."""
+        return self.computed + 1 >= self.goal
+
     def add_page(self, page: int) -> None:
         """Extend the page table, and its runs, by one page."""
         self.pages.append(page)
@@ -81,13 +86,41 @@ class Sequence:
         else:
             self.runs.append((page, 1))
 
+    def drop_page(self) -> int:
+        """Take the last page off the table, and off its runs; it must be private."""
+        page = self.pages.pop()
+        self.private.remove(page)
+        first, count = self.runs.pop()
+        if count > 1:
+            self.runs.append((first, count - 1))
+        return page
+
+    def fault(self, page_size: int) -> str | None:
+        """What is wrong with the pages it holds; None if nothing is."""
+        held = -(-(self.computed + self.in_flight) // page_size)
+        if self.node is None or len(self.pages) != held:
+            return "has the wrong number of pages"
+        if [page for first, count in self.runs for page in range(first, first + count)] != self.pages:
+            return f"has runs {self.runs} for other pages"
+        path = self.node.path()
+        ids = [token for node in path for token in node.ids]
+        full = self.computed // page_size
+        if len(path) != self.published or ids != self.ids[: len(ids)] or self.published != full:
+            return "is locked on a path of other ids"
+        for index, page in enumerate(self.pages):
+            if page not in self.private and (index >= len(path) or path[index].page != page):
+                return f"reads page {page}, which is not its own"
+        if not self.private <= set(self.pages) or len(set(self.pages)) != len(self.pages):
+            return "owns pages outside its table, or has one twice"
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Compute ``seq.ids[start : start + n]``.
+    """Compute ``seq.ids[start : start + n]`` and behind them, tentatively, ``draft``.
 
-    ``sample``: this reaches the last id, whose logits count. ``scored``: so many of the last rows have targets, which
-    no step has answered yet.
+    ``sample``: this reaches the last id. Its logits count, and those of each drafted id. ``scored``: so many of the
+    last rows have targets, which no step has answered yet; such a sequence has no draft.
     """
 
     seq: Sequence
@@ -95,6 +128,7 @@ class Entry:
     n: int
     sample: bool
     scored: int = 0
+    draft: tuple[int, ...] = ()
 
     @property
     def targets(self) -> tuple[tuple[int, ...], ...]:
@@ -103,6 +137,16 @@ class Entry:
             return ()
         end = self.start + self.n - self.seq.targets.first
         return self.seq.targets.tokens[end - self.scored : end]
+
+    @property
+    def rows(self) -> int:
+        """Tokens it computes, drafted ones included."""
+        return self.n + len(self.draft)
+
+    @property
+    def ids(self) -> list[int]:
+        """What it computes."""
+        return [*self.seq.ids[self.start : self.start + self.n], *self.draft]
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,8 @@ def summary(result: RunResult[Any], model_seconds: float) -> str:
 def tokens(usage: Usage) -> str:
     """Token counts on one line."""
     counts = f"{usage.prefilled} prefilled, {usage.cached} cached, {usage.decoded} decoded, {usage.forced} forced"
-    return f"tokens: {counts}" + (f", {usage.recomputed} recomputed" if usage.recomputed else "")
+    counts += f", {usage.recomputed} recomputed" if usage.recomputed else ""
+    return f"tokens: {counts}" + (f", {usage.accepted} of {usage.drafted} drafts right" if usage.drafted else "")
 
 
 def _returned(record: CallRecord) -> str:

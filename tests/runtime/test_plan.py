@@ -105,6 +105,141 @@ def test_a_context_of_its_own_is_one_run_of_pages() -> None:
     assert seq.runs == [(0, 8)]
 
 
+# --- drafts
+
+
+def drafted(scheduler: Scheduler, draft: list[int], rid: int = 1) -> Plan:
+    plan = scheduler.plan({rid: draft})
+    scheduler.check()
+    return plan
+
+
+def test_a_draft_is_computed_behind_the_ids_and_never_enters_them() -> None:
+    scheduler = build()
+    seq = scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, [50])
+    plan = drafted(scheduler, [51, 52, 53, 54])
+    (entry,) = plan.entries
+    assert (entry.start, entry.n, entry.draft, entry.rows) == (6, 1, (51, 52, 53, 54), 5)
+    assert entry.ids == [50, 51, 52, 53, 54]
+    assert seq.ids == [*range(6), 50]
+    assert len(seq.pages) == 3
+    scheduler.complete(plan)
+    assert (seq.computed, len(seq.pages), seq.awaiting) == (7, 2, True)  # the page of the rejected ones is free
+
+
+@pytest.mark.parametrize("right", range(5))
+def test_of_a_draft_that_counts_which_came(right: int) -> None:
+    scheduler = build()
+    seq = scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, [50])
+    draft = [51, 52, 53, 54]
+    plan = drafted(scheduler, draft)
+    scheduler.append(1, [*draft[:right], 99])
+    scheduler.complete(plan)
+    scheduler.check()
+    assert seq.computed == 7 + right
+    assert scheduler.pool.tree == (7 + right) // SIZE
+    assert step(scheduler) == {1: (7 + right, 1)}
+    assert (seq.prefilled, seq.recomputed) == (6, 0)
+    scheduler.finish(1)
+    assert drained(scheduler)
+
+
+def test_nothing_of_a_draft_is_published_that_did_not_come() -> None:
+    scheduler = build()
+    scheduler.submit(1, range(3))
+    step(scheduler)
+    scheduler.append(1, [50])
+    plan = drafted(scheduler, [51, 52, 53, 54])
+    scheduler.append(1, [51, 99])
+    scheduler.complete(plan)
+    scheduler.finish(1)
+    ids = [0, 1, 2, 50, 51, 52, 53]
+    assert scheduler.tree.match("", ids, len(ids)).n_tokens == 4
+    assert scheduler.tree.match("", [0, 1, 2, 50, 51, 99], 6).tail is not None
+    assert drained(scheduler)
+
+
+def test_drafts_take_the_budget_that_is_left() -> None:
+    scheduler = build(budget=8)
+    for rid in (1, 2):
+        scheduler.submit(rid, [rid])
+    step(scheduler)
+    for rid in (1, 2):
+        scheduler.append(rid, [50])
+    scheduler.submit(3, range(100, 103))
+    plan = scheduler.plan({1: [1] * 5, 2: [2] * 5})
+    assert [(e.n, len(e.draft)) for e in plan.entries] == [(1, 3), (1, 0), (3, 0)]
+    scheduler.complete(plan)
+
+
+def test_no_page_is_evicted_and_nobody_preempted_for_a_draft() -> None:
+    scheduler = build(total=4)
+    scheduler.submit(1, range(8))
+    step(scheduler)
+    scheduler.finish(1)  # two pages stay cached
+    scheduler.submit(2, [9] * 6)
+    step(scheduler)
+    scheduler.append(2, [50])
+    plan = drafted(scheduler, [1, 2, 3, 4], 2)
+    assert plan.entries[0].draft == (1,)  # what its own last page has room for
+    assert scheduler.pool.tree == 3
+    scheduler.complete(plan)
+
+
+def test_no_draft_passes_the_context() -> None:
+    scheduler = build(context=9)
+    scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, [50])
+    plan = drafted(scheduler, [1, 2, 3, 4])
+    assert plan.entries[0].draft == (1, 2)
+    scheduler.complete(plan)
+
+
+def test_only_who_reaches_its_last_id_has_a_draft() -> None:
+    scheduler = build(budget=8)
+    scheduler.submit(1, range(12))
+    plan = scheduler.plan({1: [5], 7: [5]})
+    assert [e.draft for e in plan.entries] == [()]
+    scheduler.complete(plan)
+
+
+@pytest.mark.parametrize("leave", ["abort", "finish", "preempt"])
+def test_leaving_with_a_draft_in_flight(leave: str) -> None:
+    scheduler = build()
+    seq = scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, [50])
+    plan = drafted(scheduler, [51, 52, 53])
+    if leave == "preempt":
+        scheduler.append(1, [51, 99])
+    getattr(scheduler, leave)(1)
+    scheduler.check()
+    assert len(seq.pages) == 3
+    scheduler.complete(plan)
+    scheduler.check()
+    assert (seq.pages, scheduler.pool.private) == ([], 0)
+    if leave == "preempt":
+        assert step(scheduler) == {1: (8, 1)}  # what was right is still there
+    scheduler.finish(1)
+    assert drained(scheduler)
+
+
+def test_a_failed_step_keeps_nothing_of_a_draft() -> None:
+    scheduler = build()
+    scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, [50])
+    scheduler.cancel(drafted(scheduler, [51, 52, 53]))
+    scheduler.check()
+    assert scheduler.tree.match("", [*range(6), 50, 51], 8).n_tokens == 4
+    assert drained(scheduler)
+
+
 # --- the cache
 
 

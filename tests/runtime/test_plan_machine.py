@@ -2,12 +2,13 @@
 
 The model writes into a page what attention would read there: for each slot, the namespace and all ids up to
 it. A free page holds garbage. If a step ever reads a page that was freed, reused, shared too early or copied
-wrongly, the contents differ.
+wrongly, the contents differ. Drafted ids are written like others; whoever went on to read a rejected one would see it.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -18,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.pages import Owner, PagePool
 from agentkit.runtime.plan import Scheduler
-from agentkit.runtime.radix import Node, PrefixTree
-from agentkit.runtime.sequence import Plan, Sequence, State, Targets
+from agentkit.runtime.radix import Node, PrefixTree, common_prefix
+from agentkit.runtime.sequence import Entry, Plan, Sequence, State, Targets
 
 Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
 
@@ -27,11 +28,15 @@ tokens = st.sampled_from([0, 0, 1, 2])  # so few that prefixes collide all the t
 prompts = st.lists(tokens, min_size=1, max_size=14)
 picks = st.integers(0, 7)
 namespaces = st.sampled_from(["", "adapter"])
+guesses = st.dictionaries(picks, st.lists(tokens, min_size=1, max_size=8), max_size=4)  # by which of the live ones
 
 
 @dataclass(frozen=True)
 class Write:
-    """What the device was told at launch: it keeps these even if the scheduler changes its mind."""
+    """What the device was told at launch: it keeps these even if the scheduler changes its mind.
+
+    ``ids`` end with the draft.
+    """
 
     rid: int
     namespace: str
@@ -140,13 +145,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tree.unlock(self.pins.pop())
 
     @precondition(lambda self: self.plan is None)
-    @rule()
-    def start_step(self) -> None:
-        self._start_step()
+    @rule(drafts=guesses)
+    def start_step(self, drafts: dict[int, list[int]]) -> None:
+        self._start_step(drafts)
 
     @precondition(lambda self: self.plan is not None)
-    @rule()
-    def end_step(self) -> None:
+    @rule(right=st.integers(0, 8), more=st.lists(tokens, max_size=2))
+    def end_step(self, right: int, more: list[int]) -> None:
+        """The step has run, and drafts have turned out to be right so far; those left in flight may have gone on."""
+        self._take_drafts(right, more)
         self._end_step()
 
     @precondition(lambda self: self.plan is not None)
@@ -166,16 +173,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.plan = None
 
     @precondition(lambda self: self.plan is None)
-    @rule(steps=st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=6))
-    def run(self, steps: list[list[int]]) -> None:
+    @rule(
+        steps=st.lists(st.lists(tokens, min_size=1, max_size=3), min_size=1, max_size=6),
+        drafts=guesses,
+        right=st.integers(0, 8),
+    )
+    def run(self, steps: list[list[int]], drafts: dict[int, list[int]], right: int) -> None:
         """Whole steps, whose samples (and forced ids) are appended as an engine does."""
         for ids in steps:
-            plan = self._start_step()
-            self._end_step()
+            plan = self._start_step(drafts)
             for entry in plan.entries:
-                fits = len(entry.seq.ids) + len(ids) <= self.max_context
-                if entry.sample and fits and entry.seq.state is not State.FINISHED:
-                    self.scheduler.append(entry.seq.rid, ids)
+                self._grow(entry, [*entry.draft[:right], *ids] if entry.sample else [])
+            self._end_step()
 
     # --- what must hold
 
@@ -217,10 +226,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._end_step()
         raise AssertionError(f"requests never end: {self.scheduler.dump()}")
 
-    def _start_step(self) -> Plan:
+    def _start_step(self, guesses: dict[int, list[int]] | None = None) -> Plan:
         before = self.scheduler.stats()
-        plan = self.plan = self.scheduler.plan()
-        assert sum(entry.n for entry in plan.entries) <= self.scheduler.token_budget
+        drafts = {self._pick(pick).rid: ids for pick, ids in (guesses or {}).items() if self.live}
+        twin = deepcopy(self.scheduler) if drafts else None
+        plan = self.plan = self.scheduler.plan(drafts)
+        if twin is not None:  # nobody was evicted, preempted or kept waiting for a draft
+            bare, ours, its = twin.plan(), self.scheduler.stats(), twin.stats()
+            assert [(e.seq.rid, e.n) for e in plan.entries] == [(e.seq.rid, e.n) for e in bare.entries]
+            assert (ours.running, ours.waiting, ours.tree) == (its.running, its.waiting, its.tree)
+        assert sum(entry.rows for entry in plan.entries) <= self.scheduler.token_budget
         assert len(plan.entries) <= self.scheduler.max_running
         assert len({entry.seq.rid for entry in plan.entries}) == len(plan.entries)
         for rid, error in plan.failed:
@@ -229,7 +244,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if seq.state is State.RUNNING and not seq.in_flight:
                 assert seq.awaiting or seq.computed + 1 < seq.goal
         self.writes = [
-            Write(e.seq.rid, e.seq.namespace, e.seq.ids[: e.start + e.n], list(e.seq.pages), e.start)
+            Write(e.seq.rid, e.seq.namespace, [*e.seq.ids[: e.start], *e.ids], list(e.seq.pages), e.start)
             for e in plan.entries
         ]
         for entry in plan.entries:
@@ -237,6 +252,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not entry.seq.awaiting  # or its next id would be sampled twice
             ends = entry.start + entry.n == len(entry.seq.ids)
             assert entry.sample == (ends and entry.seq.targets is None)
+            assert entry.sample or not entry.draft
+            assert list(entry.draft) == drafts.get(entry.seq.rid, [])[: len(entry.draft)]
+            assert entry.start + entry.rows <= self.max_context
             self._check_start(entry.seq, entry.start)
         assert before.waiting + before.running >= len(plan.entries)
         return plan
@@ -253,23 +271,37 @@ class SchedulerMachine(RuleBasedStateMachine):
                 page, slot = write.pages[at // self.page_size], at % self.page_size
                 assert self.pool.owner(page) == Owner.PRIVATE
                 self.kv[page][slot] = (write.namespace, tuple(write.ids[: at + 1]))
-                self.computed[write.rid][at] += 1
         for write in self.writes:  # after all writes: attention reads the whole prefix
             for at in range(len(write.ids)):
                 page, slot = write.pages[at // self.page_size], at % self.page_size
                 assert self.kv[page].get(slot) == (write.namespace, tuple(write.ids[: at + 1]))
         self.scheduler.complete(self.plan)
         for entry in self.plan.entries:
+            end = entry.start + entry.n
+            end += common_prefix(entry.draft, entry.seq.ids[end:])
+            self.reached[entry.seq.rid] = end
+            self.computed[entry.seq.rid].update(range(entry.start, end))
             self._check_counters(entry.seq)
             self.answered[entry.seq.rid] += [at for (at,) in entry.targets]
             if entry.seq.targets is not None:  # each wanted row once, in order, whatever was cached or preempted
                 assert self.answered[entry.seq.rid] == list(range(entry.seq.targets.first, entry.seq.reached))
         self.plan = None
 
+    def _take_drafts(self, right: int, more: list[int]) -> None:
+        """Append what drafts have in common with what was sampled, and what was sampled in place of the rest."""
+        assert self.plan is not None
+        for entry in self.plan.entries:
+            if entry.draft:
+                self._grow(entry, [*entry.draft[:right], *more])
+
+    def _grow(self, entry: Entry, ids: list[int]) -> None:
+        fits = len(entry.seq.ids) + len(ids) <= self.max_context
+        if fits and entry.seq.state is not State.FINISHED:
+            self.scheduler.append(entry.seq.rid, ids)
+
     def _check_start(self, seq: Sequence, start: int) -> None:
         if seq.rid not in self.scheduler.preempted:
             assert start == self.reached.get(seq.rid, seq.cached)
-        self.reached[seq.rid] = start + seq.in_flight
 
     def _check_counters(self, seq: Sequence) -> None:
         counts = self.computed[seq.rid]
