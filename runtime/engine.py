@@ -402,7 +402,7 @@ class Engine:
     def _fill(self, taking: list[Live]) -> Tensor:
         """Mask rows of the sequences that will sample, filled while the forward pass runs."""
         mask = self._static.repeat(sum(live.rows for live in taking), 1)
-        for live, rows in zip(taking, mask.split([live.rows for live in taking]), strict=True):
+        for live, rows in zip(taking, _split(mask, taking), strict=True):
             try:
                 live.fill(rows)
             except AgentError as error:  # one request's grammar must not end the step of the others
@@ -452,7 +452,7 @@ class Engine:
     def _emit(self, lives: list[Live], logits: Tensor, mask: Tensor) -> list[Outcome]:
         """Turn logits into ids and append them to the sequences."""
         counts = [live.rows for live in lives]
-        raw = [live.penalize(rows) for live, rows in zip(lives, logits.split(counts), strict=True)]
+        raw = [live.penalize(rows) for live, rows in zip(lives, _split(logits, lives), strict=True)]
         samplings = [live.generation.request.sampling for live in lives for _ in range(live.rows)]
         places = [len(live.sequence.ids) + i for live in lives for i in range(live.rows)]
         rows = Rows.of([s.filter for s in samplings], [s.seed for s in samplings], places, logits.device)
@@ -511,3 +511,8 @@ class Engine:
         s = self._scheduler.stats()
         pool = self._pool
         return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, self._steps, self._computed)
+
+
+def _split(rows: Tensor, lives: Sequence[Live]) -> Sequence[Tensor]:
+    """The rows of each request."""
+    return cast("Sequence[Tensor]", rows.split([live.rows for live in lives]))  # pyright: ignore[reportUnknownMemberType]
