@@ -1,8 +1,8 @@
 """Paged attention on the CPU by torch's tiled attention, over the pages where they lie.
 
-A step is laid out once and then used by every layer. Long contexts are read in place, run by run. A call for a short
-one costs more than its arithmetic, so decode rows over short contexts are gathered, at most `_SHORT` tokens each, and
-answered by one call together.
+A step is laid out once and then used by every layer. Long contexts are read in place, run by run. A call costs more
+than the arithmetic on a few tokens, so decode rows over contexts that are short, or in short runs as they are in a pool
+that has long been full, are gathered and answered by one call together.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 _SHORT = 256
 #: From this many such rows on.
 _MANY = 4
+#: Any other context is gathered if its runs have fewer tokens than this on average: each costs a call and a merge.
+_SCATTERED = 128
 
 Part = tuple[Tensor, Tensor]
 
@@ -44,13 +46,14 @@ class Layout:
     """
 
     def __init__(self, work: Sequence[Item], dtype: torch.dtype) -> None:
-        short = [item for item in work if item.rows == 1 and item.context <= _SHORT]
-        self._short = short if len(short) >= _MANY else []
-        gathered = {item.start for item in self._short}
-        self._others = [item for item in work if item.rows > 1 or item.start not in gathered]
-        if self._short:
-            self._rows = torch.tensor([item.start for item in self._short])
-            self._slots, self._mask = _padded(self._short, dtype)
+        single = [item for item in work if item.rows == 1]
+        short = [item for item in single if item.context <= _SHORT]
+        if len(short) < _MANY:
+            short = []
+        scattered = [item for item in single if _scattered(item) and not (short and item.context <= _SHORT)]
+        self._gathers = [_Gather(group, dtype) for group in (short, scattered) if group]
+        starts = {item.start for item in (*short, *scattered)}
+        self._others = [item for item in work if item.rows > 1 or item.start not in starts]
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """`agentkit.kernels.attention.paged_attention_reference` for the step.
@@ -64,18 +67,37 @@ class Layout:
         Returns:
             ``[t, heads, d]``.
         """
-        if not self._short and len(self._others) == 1:
+        if not self._gathers and len(self._others) == 1:
             return _attend(query, keys, values, self._others[0], scale)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for item in self._others:
             rows = query.narrow(0, item.start, item.rows)
             out.narrow(0, item.start, item.rows).copy_(_attend(rows, keys, values, item, scale))
-        if self._short:
-            out[self._rows] = self._gathered(query[self._rows], keys, values, scale)
+        for gather in self._gathers:
+            out[gather.rows] = gather.attend(query[gather.rows], keys, values, scale)
         return out
 
-    def _gathered(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        n, (kv_heads, d) = len(self._short), keys.shape[1:]
+
+def _scattered(item: Item) -> bool:
+    return len(item.runs) > 1 and item.context < _SCATTERED * len(item.runs)
+
+
+def _joined(pool: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """The tokens of some runs, ``[n, kv_heads, d]``; a single run where it lies."""
+    pieces = [pool[first : first + length] for first, length in runs]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class _Gather:
+    """Decode rows whose contexts are copied side by side."""
+
+    def __init__(self, items: Sequence[Item], dtype: torch.dtype) -> None:
+        self.rows = torch.tensor([item.start for item in items])
+        self._slots, self._mask = _padded(items, dtype)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """``[n, heads, d]`` of these rows."""
+        n, (kv_heads, d) = len(query), keys.shape[1:]
 
         def gather(pool: Tensor) -> Tensor:
             return pool.index_select(0, self._slots).view(n, -1, kv_heads, d).transpose(1, 2)
@@ -131,13 +153,10 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) 
     def heads(x: Tensor) -> Tensor:  # one kv head serves its group through a stride of zero
         return x.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
-    parts = [_flash(grouped, heads(keys[a : a + n]), heads(values[a : a + n]), scale, causal=False) for a, n in past]
-    if len(own) == 1:
-        a, n = own[0]
-        mine = keys[a : a + n], values[a : a + n]
-    else:  # the chunk straddles runs: only its own tokens are put together, never the context
-        mine = torch.cat([keys[a : a + n] for a, n in own]), torch.cat([values[a : a + n] for a, n in own])
-    parts.append(_flash(grouped, heads(mine[0]), heads(mine[1]), scale, causal=True))
+    stretches = [past] if past and _scattered(item) else [[run] for run in past]
+    parts = [_flash(grouped, heads(_joined(keys, x)), heads(_joined(values, x)), scale) for x in stretches]
+    # A chunk may straddle runs: its own tokens are put together, being few.
+    parts.append(_flash(grouped, heads(_joined(keys, own)), heads(_joined(values, own)), scale, causal=True))
     return merge(parts).permute(2, 0, 1, 3).reshape(item.rows, kv_heads, -1, d)
 
 

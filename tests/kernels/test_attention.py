@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +84,30 @@ def test_of_long_contexts_no_row_is_gathered_however_many_there_are() -> None:
         layout.attend(torch.zeros(8, 4, 64), keys, keys, 0.125)
     allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
     assert allocated < 8 * 300 * 2 * 64 * 4 / 4
+
+
+def test_contexts_in_short_runs_are_gathered_and_others_are_not() -> None:
+    """A pool that has long been full gives single pages: one call for all such rows, and the right result."""
+    calls: list[int] = []
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append(1) if function is flash.default else None
+            return function(*args, **kwargs or {})
+
+    generator = torch.Generator().manual_seed(5)
+    pages = torch.randperm(200, generator=generator).tolist()
+    keys, values = (torch.randn(3200, 2, 16, generator=generator) for _ in range(2))
+    work = [Work(row, 1, tuple((page * 16, 16) for page in pages[row * 30 : row * 30 + 20 + row])) for row in range(5)]
+    work.append(Work(5, 1, ((0, 400),)))
+    work.append(Work(6, 9, tuple((page * 16, 16) for page in pages[150:170])))  # a chunk of a prompt
+    query = torch.randn(15, 4, 16, generator=generator)
+    layout = Layout(work, torch.float32)
+    with Counted():
+        got = layout.attend(query, keys, values, 0.25)
+    assert len(calls) == 4
+    assert torch.allclose(got, paged_attention_reference(query, keys, values, work, 0.25), atol=1e-5)
 
 
 def test_merge_of_one_piece_is_that_piece() -> None:
