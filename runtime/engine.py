@@ -379,6 +379,9 @@ class Engine:
             return
         self._steps += 1
         self._computed += sum(entry.rows for entry in plan.entries)
+        for at, entry in enumerate(plan.entries):
+            if entry.draft:  # cut where its masks could not be filled: what stands there then is not verified
+                plan.entries[at] = replace(entry, draft=self._live[entry.seq.rid].draft)
         outcomes = self._answer(plan, scores) + self._take(taking, output.logits, mask)
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)

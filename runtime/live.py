@@ -46,6 +46,7 @@ class Live:
         hastened: end as soon as the output can be complete.
         refused: why the grammar cannot be used; it ends the request at its next token.
         logprobs: of the request's targets so far.
+        draft: what the step in flight verifies.
         rows: logits of the step in flight, or of the next one: one, and one for each drafted id.
         ended: why the output has ended.
     """
@@ -68,7 +69,7 @@ class Live:
         self.logprobs: list[float] = []
         self.rows = 1
         self.ended: Reason | None = None
-        self._draft: tuple[int, ...] = ()  # what the step in flight verifies
+        self.draft: tuple[int, ...] = ()
         self._drafter: Drafter | None = None
         self._closer: Closer | None = None
         self._reserve = 0
@@ -125,7 +126,7 @@ class Live:
 
     def verify(self, draft: tuple[int, ...]) -> None:
         """The step that begins now has these ids behind the sequence's own."""
-        self._draft, self.rows = draft, 1 + len(draft)
+        self.draft, self.rows = draft, 1 + len(draft)
         self._drafted += len(draft)
 
     def fill(self, masks: Tensor) -> None:
@@ -145,12 +146,12 @@ class Live:
         self.matcher.fill(first)
         taken = filled = 0
         try:
-            for token, row in zip(self._draft, others, strict=True):
+            for token, row in zip(self.draft, others, strict=True):
                 taken += self.matcher.advance(token)
                 self.matcher.fill(row)
                 filled += 1
         except AgentError:  # where a wrong guess leads is no matter of the output
-            self._draft = self._draft[:filled]
+            self.draft = self.draft[:filled]
         finally:
             self.matcher.rollback(taken)
 
@@ -174,7 +175,7 @@ class Live:
         if self._seen:
             raw = logits.clone() if sampling.logprobs is not None else logits
             for at, row in enumerate(logits):
-                seen = sorted(self._seen.union(self._draft[:at]))
+                seen = sorted(self._seen.union(self.draft[:at]))
                 penalize_(row, torch.tensor(seen, device=row.device), sampling.repetition_penalty)
         return raw
 
@@ -188,7 +189,7 @@ class Live:
             tokens: what was sampled in each row; negative if nothing could be.
             raw: ``[rows, v]`` fp32, the model's logits; read only where log-probabilities are wanted.
         """
-        draft, self._draft, self.rows = self._draft, (), 1
+        draft, self.draft, self.rows = self.draft, (), 1
         ids: list[int] = []
         while self.ended is None and common_prefix(draft, ids) == len(ids):
             at = len(ids)

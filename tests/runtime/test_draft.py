@@ -7,15 +7,20 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 
+import anyio
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
 from agentkit.runtime.draft import Drafter
 from agentkit.runtime.engine import Engine
+from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.generation import Generation
-from agentkit.runtime.grammar import JsonSpec
+from agentkit.runtime.grammar import JsonSpec, Matcher
+from agentkit.runtime.live import Live
 from agentkit.runtime.request import Chunk, Request, Sampling
 from agentkit.template import Tag, Tags
 from agentkit.turn import turn_spec
@@ -242,6 +247,35 @@ async def test_a_fork_midway_goes_on_as_its_parent(
             async for _ in child:
                 pass
         assert [*child.request.ids, *child.ids] == [*request.ids, *whole.ids]
+
+
+async def test_a_grammar_that_fails_where_a_wrong_guess_leads_ends_nothing(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks can be filled up to one drafted id; from there on they raise."""
+    fill_rows, fill = Live.fill, Matcher.fill
+    known: dict[int, int] = {}
+    raised: list[int] = []
+
+    def noted(self: Live, masks: Tensor) -> None:
+        if self.matcher is not None:
+            known[id(self.matcher)] = len(self.matcher._ids)
+        fill_rows(self, masks)
+
+    def failing(self: Matcher, row: NDArray[np.int32]) -> None:
+        if len(self._ids) > known.get(id(self), 1 << 30) + 1:
+            raised.append(len(self._ids))
+            raise SchemaError("the grammar became too complex")
+        fill(self, row)
+
+    monkeypatch.setattr(Live, "fill", noted)
+    monkeypatch.setattr(Matcher, "fill", failing)
+    request = Request(engines[0].vocab.encode("x"), max_tokens=60, grammar=JsonSpec(SCHEMA), sampling=SEEDED)
+    with anyio.fail_after(60):
+        generation = await same(engines, monkeypatch, request)
+    assert raised
+    assert generation.finish is not None
+    assert generation.finish.usage.accepted > 0
 
 
 class Broken:
