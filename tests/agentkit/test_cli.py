@@ -291,7 +291,15 @@ def test_events_as_json() -> None:
         "event": "finished",
         "output": "Hi",
         "stop": "answer",
-        "usage": {"cached": 300, "prefilled": 120, "decoded": 40, "forced": 12, "recomputed": 0},
+        "usage": {
+            "cached": 300,
+            "prefilled": 120,
+            "decoded": 40,
+            "forced": 12,
+            "recomputed": 0,
+            "drafted": 0,
+            "accepted": 0,
+        },
         "seconds": 2.1,
     }
 
