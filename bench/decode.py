@@ -132,7 +132,9 @@ def main() -> None:
     args = parser.parse_args()
     times, new = (1, 32) if args.quick else (5, 128)
     path = resolve(args.model)
-    engine = load_engine(path, Options())  # first: a team of OpenMP threads on this thread would slow the engine's
+    engine = load_engine(
+        path, Options(drafts=False)
+    )  # first: a team of OpenMP threads on this thread would slow the engine's
     prompt = engine.vocab.encode(TEXT * 100)[:1024]
     config = engine.runner.model.config  # pyright: ignore
     linear = config.layers * config.hidden * (
