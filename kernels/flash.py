@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: Up to this many tokens of context a row is gathered (`bench/attention.py`: copying them costs less than the call).
+#: Up to this many tokens of context a row is gathered (copying them costs less than the call).
 _SHORT = 256
 #: From this many such rows on.
 _MANY = 4

@@ -58,7 +58,7 @@ def longest(ids: list[int]) -> int:
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=6),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_guess_goes_on_from_the_longest_match(prompt: list[int], chunks: list[list[int]]) -> None:
+def test_a_guess_goes_on_from_an_earlier_match(prompt: list[int], chunks: list[list[int]]) -> None:
     drafter, ids = Drafter(prompt), list(prompt)
     for chunk in [None, *chunks]:
         if chunk is not None:
@@ -197,10 +197,11 @@ async def test_a_stop_text_ends_the_output_within_a_draft(
     plain = engines[0]
     request = Request(plain.vocab.encode("hello"), max_tokens=60, ignore_end=True, sampling=SEEDED)
     _, whole = await run(plain, request)
-    for at in (20, 27, 41):
-        stop = plain.vocab.decode(whole.ids[at : at + 3])
-        if stop.isascii():
-            await same(engines, monkeypatch, replace(request, stop=(stop,)))
+    texts = [plain.vocab.decode(whole.ids[at : at + 3]) for at in range(12, 50)]
+    stops = [text for text in texts if text.isascii()][::6]
+    assert stops  # half a character decodes to what no output holds
+    for stop in stops:
+        assert len((await same(engines, monkeypatch, replace(request, stop=(stop,)))).ids) < 60
 
 
 @pytest.mark.parametrize("budget", [20, 24, 31, 45, 80])
