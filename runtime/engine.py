@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import math
@@ -115,6 +116,9 @@ class Engine:
         self._masks = ThreadPoolExecutor(1, "agentkit-masks")
         self._thread = threading.Thread(target=self._loop, name="agentkit-engine", daemon=True)
         self._thread.start()
+        # Python ends threads that come back from native code after it has begun to exit, which C++ answers by
+        # aborting the process. So the thread ends first, whoever has forgotten to close the engine.
+        atexit.register(self.close)
 
     def _static_mask(self, vocab_size: int) -> Tensor:
         """Ids that free text may use: no padded id, no control token but those that end the text."""
@@ -290,6 +294,7 @@ class Engine:
 
     def close(self) -> None:
         """Abort everything and stop the threads."""
+        atexit.unregister(self.close)
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -369,8 +374,8 @@ class Engine:
             if entry.sample:
                 taking.append(self._live[entry.seq.rid])
                 taking[-1].verify(entry.draft)
-        masks = self._masks.submit(self._fill, taking)
         try:
+            masks = self._masks.submit(self._fill, taking)
             output = self.runner.step(plan)
             mask = masks.result()
             scores = cast("list[float]", output.scores.tolist())  # pyright: ignore[reportUnknownMemberType]

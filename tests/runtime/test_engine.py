@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -385,6 +387,31 @@ async def test_a_closed_engine_says_so(folder: Path) -> None:
     with pytest.raises(AgentError, match="closed"):
         async with engine.generate(Request([1])):
             pass
+
+
+def test_a_program_may_end_while_its_engine_is_in_a_step() -> None:
+    code = """
+import threading, torch
+from agentkit.runtime.engine import Engine, Sizes
+from agentkit.runtime.request import Request
+from agentkit.runtime.runner import Output
+from agentkit.script import byte_vocabulary
+
+class Slow:
+    vocab_size, weight_bytes = byte_vocabulary().size, 0
+
+    def step(self, plan):
+        begun.set()
+        torch.ones(3000, 3000, dtype=torch.float64).matrix_power(4)  # in native code while the program ends
+        return Output(torch.zeros(1, self.vocab_size), torch.empty(0))
+
+begun = threading.Event()
+engine = Engine(Slow(), byte_vocabulary(), Sizes(context=64, pages=8))
+engine.start(engine.generate(Request([1], max_tokens=50, ignore_end=True)))
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_two_engines_live_in_one_process(folder: Path) -> None:
