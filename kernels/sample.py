@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class Rows:
         position: ``[r]`` int64, of the token to be drawn.
         narrows: whether a row has more than a temperature. Known without asking the device, so that the kernels
             for it are launched only where they are needed.
+        greedy: whether all rows are greedy: seeds and positions are then without effect. Known in the same way.
     """
 
     temperature: Tensor
@@ -83,6 +84,7 @@ class Rows:
     seed: Tensor
     position: Tensor
     narrows: bool
+    greedy: bool
 
     @staticmethod
     def of(
@@ -114,7 +116,15 @@ class Rows:
         wholes = [[min(f.top_k, 2**31) for f in filters], [_signed(s) for s in seeds], [_signed(p) for p in positions]]
         temperature, top_p, log_min_p = torch.tensor(floats, dtype=torch.float64).to(device, non_blocking=True)
         top_k, seed, position = torch.tensor(wholes, dtype=torch.int64).to(device, non_blocking=True)
-        return Rows(temperature, top_p, log_min_p, top_k, seed, position, any(f.narrows for f in filters))
+        narrows, greedy = any(f.narrows for f in filters), all(f.greedy for f in filters)
+        return Rows(temperature, top_p, log_min_p, top_k, seed, position, narrows, greedy)
+
+    def at(self, positions: Sequence[int]) -> Rows:
+        """The same for tokens at other positions, one for each row."""
+        if len(positions) != len(self):
+            raise ValueError(f"positions: {len(positions)} for {len(self)} rows")
+        position = torch.tensor([_signed(p) for p in positions], dtype=torch.int64)
+        return replace(self, position=position.to(self.position.device, non_blocking=True))
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -315,25 +325,33 @@ def _check_batch(logits: Tensor, mask: Tensor | None, rows: Rows) -> None:
 
 def _sample(logits: Tensor, mask: Tensor | None, rows: Rows) -> _Ints:
     """`sample` on the CPU; −1 where nothing may be drawn."""
-    ids = np.empty(len(logits), dtype=np.int64)
+    values = logits.numpy()
     words = None if mask is None else mask.numpy()
+    if rows.greedy:
+        ids, settled = _best(values, words)
+        others = np.flatnonzero(~settled).tolist() if not settled.all() else []
+    else:
+        ids, others = np.empty(len(values), dtype=np.int64), range(len(values))
+    if not others:
+        return ids
     columns: list[list[Any]] = [
         column.tolist()  # pyright: ignore[reportUnknownMemberType]
         for column in (rows.temperature, rows.top_p, rows.log_min_p, rows.top_k, rows.seed, rows.position)
     ]
-    numbers = zip(logits.numpy(), *columns, strict=True)
-    for row, (values, temperature, top_p, log_min_p, top_k, seed, position) in enumerate(numbers):
-        if temperature == 0:
-            # The best token of all is allowed more often than not, and then the mask need not be unpacked.
-            best = int(values.argmax())
-            legal = words is None or words[row, best >> 5] >> (best & 31) & 1
-            if legal and np.isfinite(values[best]):
-                ids[row] = best
-                continue
-        allowed, tokens = (values, None) if words is None else _allowed(values, words[row])
+    for row in others:
+        temperature, top_p, log_min_p, top_k, seed, position = (column[row] for column in columns)
+        allowed, tokens = (values[row], None) if words is None else _allowed(values[row], words[row])
         f = Filter(temperature, top_k, top_p, math.exp(log_min_p))
         ids[row] = _draw(allowed, tokens, f, seed, position)
     return ids
+
+
+def _best(values: _Floats, words: NDArray[np.int32] | None) -> tuple[_Ints, NDArray[np.bool_]]:
+    """The best token of each row, and whether it may be taken: more often than not, and then no mask is unpacked."""
+    best = values.argmax(1)
+    row = np.arange(len(best))
+    legal = np.isfinite(values[row, best])
+    return best, legal if words is None else legal & (words[row, best >> 5] >> (best & 31) & 1).astype(bool)
 
 
 def _allowed(values: _Floats, words: NDArray[np.int32]) -> tuple[_Floats, _Ints | None]:

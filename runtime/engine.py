@@ -9,17 +9,14 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from agentkit.kernels.sample import Rows, sample
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
@@ -29,6 +26,7 @@ from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
 from agentkit.runtime.request import Chunk, Finish, Request, Usage
 from agentkit.runtime.runner import Runner
+from agentkit.runtime.sampler import Sampler
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
 from agentkit.runtime.sequence import Plan, State
 from agentkit.runtime.vocab import Vocabulary
@@ -105,7 +103,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, self._tree, sizes.page_size, sizes.step_tokens, sizes.running, sizes.context
         )
-        self._static = self._static_mask(runner.vocab_size)
+        self._sampler = Sampler(vocab, runner.vocab_size)
         self._live: dict[int, Live] = {}
         self._rids = itertools.count(1)
         self._commands: deque[Callable[[], None]] = deque()
@@ -113,22 +111,11 @@ class Engine:
         self._bells: WeakValueDictionary[object, Bell] = WeakValueDictionary()
         self._closed = False
         self._steps = self._computed = 0
-        self._masks = ThreadPoolExecutor(1, "agentkit-masks")
         self._thread = threading.Thread(target=self._loop, name="agentkit-engine", daemon=True)
         self._thread.start()
         # Python ends threads that come back from native code after it has begun to exit, which C++ answers by
         # aborting the process. So the thread ends first, whoever has forgotten to close the engine.
         atexit.register(self.close)
-
-    def _static_mask(self, vocab_size: int) -> Tensor:
-        """Ids that free text may use: no padded id, no control token but those that end the text."""
-        allowed = np.zeros(vocab_size, dtype=bool)
-        allowed[: self.vocab.size] = True
-        allowed[list(self.vocab.control.values())] = False
-        allowed[list(self.vocab.end_ids)] = True
-        padded = np.zeros(-(-vocab_size // 32) * 32, dtype=bool)
-        padded[:vocab_size] = allowed
-        return torch.from_numpy(np.packbits(padded, bitorder="little").view(np.int32))  # pyright: ignore[reportUnknownMemberType]
 
     # The caller's side: any thread, any event loop.
 
@@ -299,7 +286,7 @@ class Engine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        self._masks.shutdown()
+        self._sampler.close()
         self.compiler.close()
 
     def __enter__(self) -> Self:
@@ -375,9 +362,9 @@ class Engine:
                 taking.append(self._live[entry.seq.rid])
                 taking[-1].verify(entry.draft)
         try:
-            masks = self._masks.submit(self._fill, taking)
+            filling = self._sampler.begin(taking)
             output = self.runner.step(plan)
-            mask = masks.result()
+            masks = filling.result() if filling is not None else None
             scores = cast("list[float]", output.scores.tolist())  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:
             self._fail(plan, error)
@@ -386,8 +373,8 @@ class Engine:
         self._computed += sum(entry.rows for entry in plan.entries)
         for at, entry in enumerate(plan.entries):
             if entry.draft:  # cut where its masks could not be filled: what stands there then is not verified
-                plan.entries[at] = replace(entry, draft=self._live[entry.seq.rid].draft)
-        outcomes = self._answer(plan, scores) + self._take(taking, output.logits, mask)
+                plan.entries[at] = entry._replace(draft=self._live[entry.seq.rid].draft)
+        outcomes = self._answer(plan, scores) + self._take(taking, output.logits, masks)
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
 
@@ -407,18 +394,10 @@ class Engine:
             return {}
         return {live.generation.rid: live.propose(self.sizes.drafts) for live in decoding}
 
-    def _fill(self, taking: list[Live]) -> Tensor:
-        """Mask rows of the sequences that will sample, filled while the forward pass runs."""
-        mask = self._static.repeat(sum(live.rows for live in taking), 1)
-        for live, rows in zip(taking, _split(mask, taking), strict=True):
-            try:
-                live.fill(rows)
-            except AgentError as error:  # one request's grammar must not end the step of the others
-                live.refused = error
-        return mask
-
-    def _take(self, taking: list[Live], logits: Tensor, mask: Tensor) -> list[Outcome]:
+    def _take(self, taking: list[Live], logits: Tensor, masks: Tensor | None) -> list[Outcome]:
         """Go on with the sequences of a step; the logits of those whose grammar is being compiled are kept."""
+        if masks is None:
+            return self._emit(taking, logits, None) if taking else []
         lives: list[Live] = []
         chosen: list[int] = []
         at = 0
@@ -430,8 +409,8 @@ class Engine:
                 chosen.extend(range(at, at + live.rows))
             at += live.rows
         if len(lives) < len(taking):
-            logits, mask = logits[chosen], mask[chosen]
-        return self._emit(lives, logits, mask) if lives else []
+            logits, masks = logits[chosen], masks[chosen]
+        return self._emit(lives, logits, masks) if lives else []
 
     def _answer(self, plan: Plan, scores: list[float]) -> list[Outcome]:
         """Keep the log-probabilities of a step; the requests that have got all of theirs, or cannot."""
@@ -455,35 +434,34 @@ class Engine:
         parked = [(live, live.parked) for live in self._live.values() if live.parked is not None and live.ready]
         if parked:
             lives = [live for live, _ in parked]
-            self._hand_out(self._emit(lives, torch.stack([logits for _, logits in parked]), self._fill(lives)))
+            self._hand_out(self._emit(lives, torch.stack([logits for _, logits in parked]), self._sampler.fill(lives)))
 
-    def _emit(self, lives: list[Live], logits: Tensor, mask: Tensor) -> list[Outcome]:
+    def _emit(self, lives: list[Live], logits: Tensor, masks: Tensor | None) -> list[Outcome]:
         """Turn logits into ids and append them to the sequences."""
-        counts = [live.rows for live in lives]
-        raw = [live.penalize(rows) for live, rows in zip(lives, _split(logits, lives), strict=True)]
-        samplings = [live.generation.request.sampling for live in lives for _ in range(live.rows)]
-        places = [len(live.sequence.ids) + i for live in lives for i in range(live.rows)]
-        rows = Rows.of([s.filter for s in samplings], [s.seed for s in samplings], places, logits.device)
-        sampled = sample(logits, mask.to(logits.device), rows)
-        tokens = iter(cast("list[int]", sampled.ids.tolist()))  # pyright: ignore[reportUnknownMemberType]
+        ends = list(itertools.accumulate(live.rows for live in lives))
+        raw = [
+            live.penalize(logits[end - live.rows : end]) if live.looks else None
+            for live, end in zip(lives, ends, strict=True)
+        ]
+        tokens = self._sampler.choose(lives, logits, masks)
         return [
-            self._advance(live, list(islice(tokens, count)), rows)
-            for live, count, rows in zip(lives, counts, raw, strict=True)
+            self._advance(live, tokens[end - live.rows : end], rows)
+            for live, end, rows in zip(lives, ends, raw, strict=True)
         ]
 
-    def _advance(self, live: Live, tokens: list[int], raw: Tensor) -> Outcome:
+    def _advance(self, live: Live, tokens: list[int], raw: Tensor | None) -> Outcome:
         live.parked = None
         chunks: list[Chunk] = []
         error: AgentError | None = live.refused
         if error is None:
             try:
-                for chunk in live.advance(tokens, raw):
-                    self._scheduler.append(live.generation.rid, chunk.ids)
-                    chunks.append(chunk)
+                live.advance(tokens, raw, chunks)
             except AgentError as refusal:
                 error = refusal
             except Exception as failure:
                 error = EngineError(f"sampling failed: {failure!r}")
+        for chunk in chunks:
+            self._scheduler.append(live.generation.rid, chunk.ids)
         return live, chunks, error
 
     def _hand_out(self, outcomes: list[Outcome]) -> None:
@@ -519,8 +497,3 @@ class Engine:
         s = self._scheduler.stats()
         pool = self._pool
         return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, self._steps, self._computed)
-
-
-def _split(rows: Tensor, lives: Sequence[Live]) -> Sequence[Tensor]:
-    """The rows of each request."""
-    return cast("Sequence[Tensor]", rows.split([live.rows for live in lives]))  # pyright: ignore[reportUnknownMemberType]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from concurrent.futures import Future
 from dataclasses import replace
@@ -49,6 +48,7 @@ class Live:
         draft: what the step in flight verifies.
         rows: logits of the step in flight, or of the next one: one, and one for each drafted id.
         ended: why the output has ended.
+        looks: whether more is done with its logits than to draw from them.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Live:
         self._seen: set[int] = set(request.ids) if request.sampling.repetition_penalty != 1 else set()
         self._stops = StopStrings(request.stop) if request.stop else None
         self._text = Detokenizer(vocab)
+        self.looks = request.sampling.repetition_penalty != 1 or request.sampling.logprobs is not None
 
     @property
     def ready(self) -> bool:
@@ -179,7 +180,7 @@ class Live:
                 penalize_(row, torch.tensor(seen, device=row.device), sampling.repetition_penalty)
         return raw
 
-    def advance(self, tokens: Ids[int], raw: Tensor) -> Iterator[Chunk]:
+    def advance(self, tokens: Ids[int], raw: Tensor | None, chunks: list[Chunk]) -> None:
         """Take the id sampled first, then, as long as the output is what was drafted, those sampled behind it.
 
         Each gives a chunk, as if it had come in a step of its own. When all are taken, `ended` says whether and why
@@ -187,66 +188,75 @@ class Live:
 
         Args:
             tokens: what was sampled in each row; negative if nothing could be.
-            raw: ``[rows, v]`` fp32, the model's logits; read only where log-probabilities are wanted.
+            raw: ``[rows, v]`` fp32, the model's logits, if it `looks` at them.
+            chunks: where they go, each as soon as it is there: an error takes none of them back.
         """
         draft, self.draft, self.rows = self.draft, (), 1
-        ids: list[int] = []
-        while self.ended is None and common_prefix(draft, ids) == len(ids):
-            at = len(ids)
-            chunk = self._take(tokens[at], raw[at])
-            ids += chunk.ids
-            self._accepted += common_prefix(draft[at:], chunk.ids)
-            yield chunk
+        at = 0
+        while True:
+            chunk = self._take(tokens[at], raw, at)
+            chunks.append(chunk)
+            if not draft:
+                return
+            right = common_prefix(draft[at:], chunk.ids)
+            self._accepted += right
+            at += len(chunk.ids)
+            if self.ended is not None or right < len(chunk.ids):
+                return
 
-    def _take(self, token: int, raw: Tensor) -> Chunk:
+    def _take(self, token: int, raw: Tensor | None, row: int) -> Chunk:
         """A sampled id and what the grammar forces after it."""
         if token < 0:
             raise ValueError("no token is allowed here, or the logits are not numbers")
-        sampling = self.generation.request.sampling
         ids, self.ended = self._follow(token)
-        taken = ids[:1] == [token]  # not where the budget has no room for it
+        taken = len(ids) > 0 and ids[0] == token  # not where the budget has no room for it
         self._decoded += taken
         self._forced += len(ids) - taken
-        if sampling.repetition_penalty != 1:
+        if self._seen:
             self._seen.update(ids)
         if self._drafter is not None and ids:
-            self._drafter.observe(tuple(ids))
-        score = None
-        if taken and sampling.logprobs is not None:
-            logprob, top = log_probabilities(raw[: self.vocab.size], token, sampling.logprobs)
+            self._drafter.observe(ids)
+        score, alternatives = None, self.generation.request.sampling.logprobs
+        if taken and alternatives is not None:
+            assert raw is not None
+            logprob, top = log_probabilities(raw[row, : self.vocab.size], token, alternatives)
             score = Score(token, logprob, tuple(top))
-        return Chunk(tuple(ids), score, closing=not taken)
+        return Chunk(ids, score, not taken)
 
-    def _follow(self, token: int) -> tuple[list[int], Reason | None]:
+    def _follow(self, token: int) -> tuple[tuple[int, ...], Reason | None]:
         """The sampled id and those that certainly come after it, cut where the output ends.
 
         Where the budget leaves no room for the sampled id, the way to a complete output is taken in its place.
         """
+        if self.matcher is None:
+            self.left -= 1
+            if self._ends(token):
+                return (token,), "stop"
+            return (token,), "length" if self.left <= 0 or self.hastened else None
         closing = self._closing(token)
         certain, reason = ([token], None) if closing is None else (closing, "length")
         ids: list[int] = []
         while certain:
             for t in certain:
-                if self.matcher is not None and not self.matcher.advance(t):
+                if not self.matcher.advance(t):
                     raise RuntimeError(f"the grammar refuses token {t}, which it allowed or forced itself")
                 ids.append(t)
                 self.left -= 1
                 if self._ends(t):
-                    return ids, reason or "stop"
-            if reason is not None or self.matcher is None:
+                    return tuple(ids), reason or "stop"
+            if reason is not None:
                 break
             if self.matcher.finished():
-                return ids, "stop"
+                return tuple(ids), "stop"
             certain = self.matcher.forced()
-        return ids, reason or ("length" if self.left <= 0 or self.hastened else None)
+        return tuple(ids), reason or ("length" if self.left <= 0 or self.hastened else None)
 
     def _closing(self, token: int) -> list[int] | None:
         """None if the token may be taken, else the ids that complete the output without it."""
-        if self.matcher is None:
-            return None
+        assert self.matcher is not None
+        assert self._closer is not None
         if self.hastened:
             return self.matcher.completion(self.left)
-        assert self._closer is not None
         return self._closer.admit(token, self.left)
 
     def _ends(self, token: int) -> bool:

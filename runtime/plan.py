@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import replace
 
 from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
@@ -67,7 +66,7 @@ class Scheduler:
         self.max_running = max_running
         self.max_context = max_context
         self._sequences: dict[int, Sequence] = {}  # unfinished, by rid
-        self._running: dict[int, Sequence] = {}  # those that hold pages and may be planned
+        self._running: dict[int, Sequence] = {}  # those that hold pages and may be planned, by arrival
         self._waiting: deque[Sequence] = deque()
         self._arrivals = 0
         self._step: Plan | None = None
@@ -95,23 +94,22 @@ class Scheduler:
         self._waiting.append(seq)
         return seq
 
-    def append(self, rid: int, ids: Iterable[int]) -> None:
+    def append(self, rid: int, ids: Ids[int]) -> None:
         """Add sampled or forced ids to an unfinished sequence; the next steps compute them.
 
         Raises:
             CapacityError: they would not fit into ``max_context``; finish the request instead.
         """
         seq = self.sequence(rid)
-        tokens = list(ids)
-        if len(seq.ids) + len(tokens) > self.max_context:
+        if len(seq.ids) + len(ids) > self.max_context:
             raise CapacityError(
-                f"request {rid} has {len(seq.ids)} ids and {len(tokens)} more exceed the context of "
+                f"request {rid} has {len(seq.ids)} ids and {len(ids)} more exceed the context of "
                 f"{self.max_context}; finish it, or build the engine with a larger context"
             )
-        seq.ids.extend(tokens)
-        if tokens:
+        seq.ids.extend(ids)
+        if ids:
             seq.awaiting = False
-        if len(tokens) > self.page_size:
+        if len(ids) > self.page_size:
             seq.goal = len(seq.ids)  # more than a forced run: prefill again, behind those who decode
 
     def fork(self, rid: int, new_rid: int, ids: Iterable[int] | None = None) -> Sequence:
@@ -193,8 +191,8 @@ class Scheduler:
         plan.entries.extend(entries.values())
         for entry in plan.entries:
             entry.seq.in_flight = entry.rows
-        idle = any(seq.awaiting for seq in self._sequences.values())
-        if self._sequences and not (plan.entries or plan.failed or idle):
+        stuck = self._sequences and not (plan.entries or plan.failed)
+        if stuck and not any(seq.awaiting for seq in self._sequences.values()):
             raise Corruption(f"no progress is possible, yet requests are queued: {self.dump()}")
         self._step = plan
         return plan
@@ -208,19 +206,22 @@ class Scheduler:
             raise EngineError("complete() takes the plan in flight, once")
         self._step = None
         for entry in plan.entries:
-            seq = entry.seq
-            end = entry.start + entry.n
+            seq, start = entry.seq, entry.start
+            end = start + entry.n
             if entry.draft:
                 end += common_prefix(entry.draft, seq.ids[end : end + len(entry.draft)])
-            fresh = max(entry.start, min(seq.reached, end))
-            seq.recomputed += fresh - entry.start
-            seq.prefilled += max(0, min(end, seq.prompt) - fresh)
-            seq.reached = max(seq.reached, end)
+                while len(seq.pages) > self._pages(end):  # of rejected ids
+                    self.pool.release(seq.drop_page())
+            if start < seq.reached or start < seq.prompt:
+                fresh = max(start, min(seq.reached, end))
+                seq.recomputed += fresh - start
+                seq.prefilled += max(0, min(end, seq.prompt) - fresh)
+            if end > seq.reached:
+                seq.reached = end
             seq.computed, seq.in_flight = end, 0
             seq.awaiting = end == len(seq.ids)
-            while len(seq.pages) > self._pages(end):  # of rejected drafts
-                self.pool.release(seq.drop_page())
-            self._publish(seq)
+            if end >= (seq.published + 1) * self.page_size:
+                self._publish(seq)
         self._unfence()
 
     def cancel(self, plan: Plan) -> None:
@@ -251,8 +252,11 @@ class Scheduler:
 
     def _continue_running(self, entries: dict[int, Entry], plan: Plan) -> bool:
         """Give running sequences their tokens; True if one was preempted for it."""
-        order = sorted((s for s in self._running.values() if s.remaining), key=_urgency)
-        decoding = sum(1 for seq in order if seq.decodes)
+        active = [seq for seq in self._running.values() if seq.remaining]
+        order = [seq for seq in active if seq.decodes]
+        decoding = len(order)
+        if decoding < len(active):
+            order += [seq for seq in active if not seq.decodes]
         budget = self.token_budget
         preempted = False
         for place, seq in enumerate(order):
@@ -264,7 +268,7 @@ class Scheduler:
                     entries[seq.rid] = _entry(seq, n)
                     budget -= n
                     break
-                victim = max(self._running.values(), key=lambda s: s.arrival)
+                victim = next(reversed(self._running.values()))
                 if victim is seq and len(self._running) == 1 and not self._holds_duplicates(seq):
                     self._fail(seq, plan)
                     break
@@ -280,6 +284,8 @@ class Scheduler:
         A sequence whose next full page a running one is about to publish waits for that, so N branches over a
         new prefix prefill it once. Only those who run make claims, anew in each plan: there is no deadlock.
         """
+        if not self._waiting:
+            return
         budget = self.token_budget - sum(entry.n for entry in entries.values())
         claims = {self._claim(seq) for seq in self._running.values()}
         for seq in list(self._waiting):
@@ -303,6 +309,8 @@ class Scheduler:
 
     def _add_drafts(self, entries: dict[int, Entry], drafts: Mapping[int, Ids[int]]) -> None:
         """Let entries go on with their drafts as far as budget, context and free pages allow; nobody pays for it."""
+        if not drafts:
+            return
         budget = self.token_budget - sum(entry.n for entry in entries.values())
         for rid, draft in drafts.items():
             entry = entries.get(rid)
@@ -311,7 +319,7 @@ class Scheduler:
             room = min(len(draft), budget, self.max_context - len(entry.seq.ids))
             fits = self._grow(entry.seq, entry.n + room) - entry.n
             if fits:
-                entries[rid] = replace(entry, draft=tuple(draft[:fits]))
+                entries[rid] = entry._replace(draft=tuple(draft[:fits]))
                 budget -= fits
 
     def _admit(self, seq: Sequence, match: Match, budget: int, plan: Plan) -> int:
@@ -355,7 +363,10 @@ class Scheduler:
     def _start(self, seq: Sequence, match: Match, copied: int) -> None:
         """Move a sequence from the queue to the running ones, with its shared pages."""
         self._waiting.remove(seq)
-        self._running[seq.rid] = seq
+        overtaken = {rid: other for rid, other in self._running.items() if other.arrival > seq.arrival}
+        for rid in overtaken:
+            del self._running[rid]
+        self._running |= {seq.rid: seq} | overtaken
         seq.state = State.RUNNING
         seq.node, seq.published = match.node, len(match.pages)
         for page in match.pages:
@@ -368,8 +379,10 @@ class Scheduler:
 
     def _extend(self, seq: Sequence, n: int) -> int:
         """Allocate pages for up to ``n`` more tokens, evicting as needed; returns how many have room."""
-        self._reserve(self._pages(seq.computed + n) - len(seq.pages))
-        return self._grow(seq, n)
+        if seq.computed + n > len(seq.pages) * self.page_size:
+            self._reserve(self._pages(seq.computed + n) - len(seq.pages))
+            return self._grow(seq, n)
+        return n
 
     def _grow(self, seq: Sequence, n: int) -> int:
         """`_extend` with no more than the pages that are free."""
@@ -497,10 +510,6 @@ class Scheduler:
         for seq in self._waiting:
             if seq.pages or seq.private or seq.node is not None or seq.state is not State.WAITING:
                 raise Corruption(f"waiting request {seq.rid} holds pages or is not waiting: {self.dump()}")
-
-
-def _urgency(seq: Sequence) -> tuple[bool, int]:
-    return not seq.decodes, seq.arrival
 
 
 def _entry(seq: Sequence, n: int) -> Entry:
