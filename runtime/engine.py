@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
 from agentkit.runtime.live import Live
-from agentkit.runtime.pages import PagePool
+from agentkit.runtime.pages import Corruption, PagePool
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
 from agentkit.runtime.request import Chunk, Finish, Request, Usage
@@ -29,6 +30,7 @@ from agentkit.runtime.runner import Runner
 from agentkit.runtime.sampler import Sampler
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
 from agentkit.runtime.sequence import Plan, State
+from agentkit.runtime.stats import Stats, Watchdog
 from agentkit.runtime.vocab import Vocabulary
 
 T = TypeVar("T")
@@ -61,29 +63,6 @@ class Sizes:
     drafts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """A look at the engine between two steps.
-
-    Attributes:
-        running: sequences that hold pages.
-        waiting: sequences that do not yet, or no longer.
-        pages_free: pages nobody holds.
-        pages_cached: pages in the prefix tree.
-        pages_private: pages of running sequences.
-        steps: steps run so far.
-        computed: tokens sent through the model so far.
-    """
-
-    running: int
-    waiting: int
-    pages_free: int
-    pages_cached: int
-    pages_private: int
-    steps: int
-    computed: int
-
-
 class Engine:
     """Token ids in, token ids out, many requests at once.
 
@@ -110,7 +89,12 @@ class Engine:
         self._wake = threading.Condition()
         self._bells: WeakValueDictionary[object, Bell] = WeakValueDictionary()
         self._closed = False
-        self._steps = self._computed = 0
+        self._stalled = False  # until something happens outside: nothing can be planned
+        self._steps = self._computed = self._ended = 0
+        self._seconds = 0.0
+        self._usage = Usage()  # of the requests that have ended
+        # What the whole pool holds is computed again in so many steps; four times that is no longer a coincidence.
+        self._watchdog = Watchdog(4 * (sizes.pages * sizes.page_size // sizes.step_tokens + sizes.running + 8))
         self._thread = threading.Thread(target=self._loop, name="agentkit-engine", daemon=True)
         self._thread.start()
         # Python ends threads that come back from native code after it has begun to exit, which C++ answers by
@@ -323,6 +307,7 @@ class Engine:
             while self._wait():
                 while self._commands:
                     self._commands.popleft()()
+                    self._stalled = False
                 self._step()
             self._end(EngineError(f"the engine of {self.name} was closed while this ran"))
         except BaseException as cause:
@@ -342,19 +327,28 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._commands or any(x.runnable for x in self._live.values()))
+            self._wake.wait_for(lambda: self._closed or self._commands or self._may_step)
             return not self._closed
+
+    @property
+    def _may_step(self) -> bool:
+        return not self._stalled and any(live.runnable for live in self._live.values())
 
     def _step(self) -> None:
         """Plan, run, sample. An error here ends the requests that were in the step, not the engine."""
         self._emit_parked()
         if not any(live.parked is None for live in self._live.values()):
             return
+        begin = time.perf_counter()
         plan = self._scheduler.plan(self._drafts())
         for rid, error in plan.failed:
-            self._live.pop(rid).generation.push(error)
+            self._live[rid].generation.push(error)
+            self._forget(rid)
         if not plan.entries:
             self._scheduler.complete(plan)
+            self._stalled = not plan.failed
+            if self._stalled and all(live.parked is None for live in self._live.values()):
+                raise Corruption(f"there is work, and none of it can be done: {self._scheduler.dump()}")
             return
         taking: list[Live] = []
         for entry in plan.entries:
@@ -369,14 +363,17 @@ class Engine:
         except Exception as error:
             self._fail(plan, error)
             return
-        self._steps += 1
         self._computed += sum(entry.rows for entry in plan.entries)
+        new = any(entry.start + entry.n > entry.seq.reached for entry in plan.entries)
         for at, entry in enumerate(plan.entries):
             if entry.draft:  # cut where its masks could not be filled: what stands there then is not verified
                 plan.entries[at] = entry._replace(draft=self._live[entry.seq.rid].draft)
         outcomes = self._answer(plan, scores) + self._take(taking, output.logits, masks)
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
+        self._steps += 1
+        self._seconds += time.perf_counter() - begin
+        self._watchdog.step(new, self._scheduler.dump)
 
     def _drafts(self) -> dict[int, list[int]]:
         """What may follow the sequences that decode, by rid."""
@@ -475,14 +472,14 @@ class Engine:
                 live.generation.push(error)
                 self._drop(rid)
             elif live.ended is not None:
-                self._live.pop(rid)
+                self._forget(rid)
                 self._scheduler.finish(rid)
                 live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not run: nothing of it may be published, and its requests end with the cause."""
         for entry in plan.entries:
-            live = self._live.pop(entry.seq.rid, None)
+            live = self._forget(entry.seq.rid)
             if live is not None:
                 error = EngineError(f"the model failed on this step: {cause!r}. Other requests go on.")
                 error.__cause__ = cause
@@ -490,10 +487,28 @@ class Engine:
         self._scheduler.cancel(plan)
 
     def _drop(self, rid: int) -> None:
-        if self._live.pop(rid, None) is not None:
+        if self._forget(rid) is not None:
             self._scheduler.abort(rid)
+
+    def _forget(self, rid: int) -> Live | None:
+        """A request is over: nothing more comes to it."""
+        live = self._live.pop(rid, None)
+        if live is not None:
+            self._ended += 1
+            self._usage += live.usage()
+        return live
 
     def _stats(self) -> Stats:
         s = self._scheduler.stats()
-        pool = self._pool
-        return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, self._steps, self._computed)
+        return Stats(
+            running=s.running,
+            waiting=s.waiting,
+            pages_free=self._pool.free,
+            pages_cached=self._pool.tree,
+            pages_private=self._pool.private,
+            steps=self._steps,
+            seconds=self._seconds,
+            computed=self._computed,
+            requests=self._ended,
+            usage=sum((live.usage() for live in self._live.values()), self._usage),
+        )

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError, SchemaError
 from agentkit.runtime.generation import Generation
-from agentkit.runtime.grammar import ChoiceSpec, JsonSpec, LarkSpec, RegexSpec
+from agentkit.runtime.grammar import ChoiceSpec, Grammar, JsonSpec, LarkSpec, RegexSpec
 from agentkit.runtime.request import Request, Sampling, Usage
 from agentkit.runtime.runner import Output
 from agentkit.runtime.sequence import Plan
@@ -444,3 +446,81 @@ async def test_aborts_at_random_moments_leave_nothing_behind(engine: Engine) -> 
     engine.check()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages_private) == (0, 0, 0)
+
+
+async def test_counters_are_the_sums_of_all_requests(engine: Engine) -> None:
+    before = engine.stats()
+    assert (before.requests, before.usage, before.steps, before.seconds) == (0, Usage(), 0, 0)
+    usage = Usage()
+    for prompt in ("hello", "hello world", "hello"):
+        finish = (await run(engine, prompt, max_tokens=5, ignore_end=True)).finish
+        assert finish is not None
+        usage += finish.usage
+    async with engine.generate(Request(list(range(40)), max_tokens=100, ignore_end=True)) as generation:
+        async for _ in generation:
+            if len(generation.ids) == 3:
+                break
+    stats = engine.stats()
+    assert stats.requests == 4
+    assert stats.usage.decoded >= usage.decoded + 3  # of the one that was left, too
+    assert stats.usage.prefilled == usage.prefilled + 40
+    assert stats.usage.cached == usage.cached > 0
+    assert stats.steps > before.steps
+    assert stats.seconds > 0
+
+
+async def test_who_waits_for_pages_of_a_sequence_that_waits_for_its_grammar_sleeps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = RegexSpec("[a-c]{3}")
+    with tiny.engine(folder, step_tokens=64, running=8, kv_bytes=1 << 17) as engine:
+        assert 12 <= engine.sizes.pages < 26  # one request fits, two do not
+        grammar, late = engine.compiler.submit(spec), Future[Grammar]()
+        grammar.result()
+        monkeypatch.setattr(engine.compiler, "submit", lambda _: late)
+        plans: list[Plan] = []
+        plan = engine._scheduler.plan
+        monkeypatch.setattr(engine._scheduler, "plan", lambda drafts: plans.append(made := plan(drafts)) or made)
+        done: list[Generation] = []
+
+        async def one(**fields: Any) -> None:
+            done.append(await run(engine, "x" * 48, max_tokens=8, **fields))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(one, grammar=spec))
+            await anyio.sleep(0.1)  # its prompt is computed, and keeps its pages
+            group.start_soon(partial(one, namespace="another", ignore_end=True))
+            await anyio.sleep(0.2)
+            assert len(plans) < 10
+            assert not done
+            late.set_result(grammar.result())
+        assert [generation.finish is not None for generation in done] == [True, True]
+        assert len(next(g for g in done if g.request.grammar is None).ids) == 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_can_do_nothing_says_so_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tiny.engine(folder) as engine:
+        monkeypatch.setattr(engine._scheduler, "append", lambda rid, ids: None)  # a scheduler that loses ids
+        with pytest.raises(EngineError, match=r"none of it can be done: .*1:RUNNING ids=5"):
+            await run(engine, max_tokens=5, ignore_end=True)
+        engine._thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_an_engine_that_works_in_circles_says_so_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tiny.engine(folder, step_tokens=8, running=8, kv_bytes=1 << 17) as engine:
+        scheduler = engine._scheduler
+        complete = scheduler.complete
+
+        def lose(plan: Plan) -> None:  # a scheduler that takes back what it gives
+            complete(plan)
+            scheduler.preempt(plan.entries[0].seq.rid)
+            scheduler.tree.evict(scheduler.pool.total)
+
+        monkeypatch.setattr(scheduler, "complete", lose)
+        with pytest.raises(EngineError, match=r"steps in a row computed nothing new.*1:WAITING ids=20"):
+            await run(engine, "x" * 20, max_tokens=5)
+        engine._thread.join()
+        with pytest.raises(EngineError, match="closed"):
+            await run(engine)
