@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +78,12 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     # step then takes twice as long (`bench/decode.py`). A thread that ends takes its team with it.
     with ThreadPoolExecutor(1, "agentkit-load") as loader:
         runner, vocab, sizes = loader.submit(_build, path, options, name).result()
+    # What is alive now, torch's own objects first of all, is a few hundred thousand that live as long as the process.
+    # The collector walks them every now and then, which holds decoding up for 90 ms: from here on it leaves them out.
+    gc.unfreeze()  # of an engine loaded before, what is garbage by now
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's bindings complain of what is still alive at the very end
     return Engine(runner, vocab, sizes, name)
 
 

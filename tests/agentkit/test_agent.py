@@ -302,6 +302,29 @@ async def test_forty_turns_prefill_every_id_exactly_once() -> None:
     assert len(result.calls) == 39
 
 
+async def test_142_thousand_tokens_in_43_turns_are_prefilled_once() -> None:
+    @tool
+    def read(number: int) -> str:
+        """Read a page."""
+        return f"{number} " + "x" * 3_302
+
+    turns = [reply("", call("read", number=i)) for i in range(42)]
+    with scripted(*turns, final("done")) as engine:
+        before = 0
+        async with Agent([read], limits=Limits(steps=50, result_tokens=4_000)).stream("Read.") as run:
+            async for event in run:
+                if isinstance(event, TurnFinished):
+                    assert event.usage.cached >= before  # all of the turn before is there
+                    assert event.usage.prefilled < 3_600  # a page, and the tags of its call and result
+                    before = event.usage.cached + event.usage.prefilled
+        ids = len(run.result.transcript.ids)
+        assert ids > 142_000
+        assert engine.stats().computed == ids
+        assert run.result.usage.recomputed == 0
+        engine.check()
+    assert len(run.result.calls) == 42
+
+
 async def test_a_session_continues_and_forks_without_prefill() -> None:
     agent = Agent([add])
     with scripted(call("add", a=1, b=2), final("3"), final("again"), final("other")) as engine:

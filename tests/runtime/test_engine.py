@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -446,6 +447,47 @@ async def test_aborts_at_random_moments_leave_nothing_behind(engine: Engine) -> 
     engine.check()
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages_private) == (0, 0, 0)
+
+
+async def test_a_storm_of_aborts_in_a_pool_a_tenth_of_the_demand(folder: Path) -> None:
+    """A thousand requests, six in ten left at random moments, a few forked, the others read to their ends."""
+    generator = torch.Generator().manual_seed(7)
+    delays = (torch.rand(1000, generator=generator) * 2).tolist()
+    lengths = torch.randint(1, 60, (1000,), generator=generator).tolist()
+    with tiny.engine(folder, step_tokens=32, running=8, kv_bytes=1 << 17) as engine:
+        demand = sum(length + 6 for length in lengths[:64])  # of those that are there at the same time
+        assert engine.sizes.pages * engine.sizes.page_size * 10 < demand
+        finished: list[int] = []
+        branches: list[Generation] = []
+        gate = anyio.Semaphore(64)
+
+        async def one(index: int) -> None:
+            async with gate:
+                ids = [index % 5, *range(lengths[index])]
+                with anyio.move_on_after(delays[index] if index % 5 < 3 else None):
+                    async with engine.generate(Request(ids, max_tokens=6, ignore_end=True)) as generation:
+                        async for _ in generation:
+                            if index % 50 == 4 and len(generation.ids) == 1:
+                                with contextlib.suppress(EngineError):  # it may have ended since that id
+                                    branch = engine.fork(generation)
+                                    branches.append(branch)
+                                    async with branch:
+                                        async for _ in branch:
+                                            pass
+                    assert len(generation.ids) == 6
+                    finished.append(index)
+
+        async with anyio.create_task_group() as group:
+            for index in range(1000):
+                group.start_soon(one, index)
+        engine.check()
+        stats = engine.stats()
+        assert set(finished) >= {index for index in range(1000) if index % 5 >= 3}
+        assert len(finished) < 1000
+        assert (stats.running, stats.waiting, stats.pages_private) == (0, 0, 0)
+        assert stats.requests == 1000 + len(branches) > 1000
+        assert all(branch.finish is not None and 1 <= len(branch.ids) <= 5 for branch in branches)
+        assert len((await run(engine, max_tokens=3, ignore_end=True)).ids) == 3
 
 
 async def test_counters_are_the_sums_of_all_requests(engine: Engine) -> None:
