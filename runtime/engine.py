@@ -77,11 +77,7 @@ class Engine:
         self.vocab, self.sizes, self.name = vocab, sizes, name
         self.compiler = GrammarCompiler(vocab, runner.vocab_size)
         self.runner = runner
-        self._pool = PagePool(sizes.pages)
-        self._tree = PrefixTree(self._pool, sizes.page_size)
-        self._scheduler = Scheduler(
-            self._pool, self._tree, sizes.page_size, sizes.step_tokens, sizes.running, sizes.context
-        )
+        self._scheduler = self._clean()
         self._sampler = Sampler(vocab, runner.vocab_size)
         self._live: dict[int, Live] = {}
         self._rids = itertools.count(1)
@@ -89,17 +85,24 @@ class Engine:
         self._wake = threading.Condition()
         self._bells: WeakValueDictionary[object, Bell] = WeakValueDictionary()
         self._closed = False
-        self._stalled = False  # until something happens outside: nothing can be planned
+        self._stalled = False  # nothing can be planned until something happens outside
         self._steps = self._computed = self._ended = 0
         self._seconds = 0.0
         self._usage = Usage()  # of the requests that have ended
         # What the whole pool holds is computed again in so many steps; four times that is no longer a coincidence.
-        self._watchdog = Watchdog(4 * (sizes.pages * sizes.page_size // sizes.step_tokens + sizes.running + 8))
+        self._patience = 4 * (sizes.pages * sizes.page_size // sizes.step_tokens + sizes.running + 8)
+        self._watchdog = Watchdog(self._patience)
         self._thread = threading.Thread(target=self._loop, name="agentkit-engine", daemon=True)
         self._thread.start()
         # Python ends threads that come back from native code after it has begun to exit, which C++ answers by
         # aborting the process. So the thread ends first, whoever has forgotten to close the engine.
         atexit.register(self.close)
+
+    def _clean(self) -> Scheduler:
+        """A scheduler of a pool whose pages are all free."""
+        s = self.sizes
+        tree = PrefixTree(PagePool(s.pages), s.page_size)
+        return Scheduler(tree.pool, tree, s.page_size, s.step_tokens, s.running, s.context)
 
     # The caller's side: any thread, any event loop.
 
@@ -196,11 +199,10 @@ class Engine:
         def submit() -> None:
             try:
                 sequence = self._scheduler.submit(generation.rid, request.ids, request.namespace, request.targets)
-            except AgentError as error:
+                room = self.sizes.context - len(request.ids)
+                self._live[generation.rid] = Live(generation, sequence, self.vocab, grammar, room)
+            except Exception as error:
                 generation.push(error)
-                return
-            room = self.sizes.context - len(request.ids)
-            self._live[generation.rid] = Live(generation, sequence, self.vocab, grammar, room)
 
         self._command(submit)
 
@@ -294,7 +296,7 @@ class Engine:
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
-            if self._closed or not self._thread.is_alive():
+            if self._closed:
                 raise EngineError(f"the engine of {self.name} is closed: make a new one")
             self._commands.append(command)
             self._wake.notify()
@@ -303,26 +305,33 @@ class Engine:
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        try:
-            while self._wait():
-                while self._commands:
-                    self._commands.popleft()()
-                    self._stalled = False
-                self._step()
-            self._end(EngineError(f"the engine of {self.name} was closed while this ran"))
-        except BaseException as cause:
-            self._end(EngineError(f"the engine of {self.name} has died, make a new one: {cause!r}"), cause)
-            raise
-
-    def _end(self, error: EngineError, cause: BaseException | None = None) -> None:
-        """Tell every caller that nothing more will come."""
-        error.__cause__ = cause
-        with self._wake:
-            self._closed = True
+        while True:
+            try:
+                while self._wait():
+                    while self._commands:
+                        self._commands.popleft()()
+                        self._stalled = False
+                    self._step()
+                break
+            except BaseException as cause:  # a bug; whatever state it has left is given up
+                self._begin_anew(cause)
         while self._commands:  # submitted too late to run: their callers must hear of it as well
             self._commands.popleft()()
-        for live in list(self._live.values()):
-            live.generation.push(error)
+        self._tell(EngineError(f"the engine of {self.name} was closed while this ran"))
+
+    def _begin_anew(self, cause: BaseException) -> None:
+        """Go on with nothing running and nothing cached."""
+        error = EngineError(f"the engine of {self.name} has failed and lost what ran. Send it again. {cause!r}")
+        error.__cause__ = cause
+        self._scheduler, self._watchdog, self._stalled = self._clean(), Watchdog(self._patience), False
+        self._tell(error)
+
+    def _tell(self, error: EngineError) -> None:
+        """Tell every caller that nothing more will come."""
+        for rid in list(self._live):
+            live = self._forget(rid)
+            if live is not None:
+                live.generation.push(error)
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
@@ -503,9 +512,9 @@ class Engine:
         return Stats(
             running=s.running,
             waiting=s.waiting,
-            pages_free=self._pool.free,
-            pages_cached=self._pool.tree,
-            pages_private=self._pool.private,
+            pages_free=s.free,
+            pages_cached=s.tree,
+            pages_private=s.private,
             steps=self._steps,
             seconds=self._seconds,
             computed=self._computed,

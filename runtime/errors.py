@@ -28,4 +28,4 @@ class CapacityError(AgentError):
 
 
 class EngineError(AgentError):
-    """The engine is closed or its loop has died; the message carries the cause."""
+    """The engine is closed, or a step of it has failed; the message carries the cause."""

@@ -540,17 +540,18 @@ async def test_who_waits_for_pages_of_a_sequence_that_waits_for_its_grammar_slee
         assert len(next(g for g in done if g.request.grammar is None).ids) == 8
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_an_engine_that_can_do_nothing_says_so_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tiny.engine(folder) as engine:
-        monkeypatch.setattr(engine._scheduler, "append", lambda rid, ids: None)  # a scheduler that loses ids
-        with pytest.raises(EngineError, match=r"none of it can be done: .*1:RUNNING ids=5"):
-            await run(engine, max_tokens=5, ignore_end=True)
-        engine._thread.join()
+async def test_an_engine_that_can_do_nothing_says_so_and_begins_anew(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._scheduler, "append", lambda rid, ids: None)  # a scheduler that loses ids
+    with pytest.raises(EngineError, match=r"none of it can be done: .*1:RUNNING ids=5"):
+        await run(engine, max_tokens=5, ignore_end=True)
+    assert len((await run(engine, max_tokens=5, ignore_end=True)).ids) == 5
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_an_engine_that_works_in_circles_says_so_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_works_in_circles_says_so_and_begins_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tiny.engine(folder, step_tokens=8, running=8, kv_bytes=1 << 17) as engine:
         scheduler = engine._scheduler
         complete = scheduler.complete
@@ -563,6 +564,28 @@ async def test_an_engine_that_works_in_circles_says_so_and_ends(folder: Path, mo
         monkeypatch.setattr(scheduler, "complete", lose)
         with pytest.raises(EngineError, match=r"steps in a row computed nothing new.*1:WAITING ids=20"):
             await run(engine, "x" * 20, max_tokens=5)
-        engine._thread.join()
-        with pytest.raises(EngineError, match="closed"):
-            await run(engine)
+        assert len((await run(engine, "x" * 20, max_tokens=5, ignore_end=True)).ids) == 5
+
+
+async def test_an_exception_in_the_middle_of_the_loop_loses_what_runs_and_nothing_else(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is thrown into the thread and wherever, callers hear of it, pages balance, the next request works."""
+    expected = (await run(engine, max_tokens=6, ignore_end=True)).ids
+    for name in ("_drafts", "_take", "_answer", "_hand_out", "_emit_parked"):
+        async with engine.generate(Request([1] * 40, max_tokens=400, ignore_end=True)) as other:
+            await other.__anext__()
+            thread = engine._thread.ident
+            with monkeypatch.context() as patch:
+
+                def die(*_: object, name: str = name) -> None:
+                    raise SystemExit(f"killed in {name}")
+
+                patch.setattr(engine, name, die)
+                with pytest.raises(EngineError, match=f"has failed and lost what ran.*killed in {name}"):
+                    async for _ in other:
+                        pass
+        assert engine._thread.ident == thread
+        engine.check()
+        assert engine.stats().pages_free == engine.sizes.pages
+        assert (await run(engine, max_tokens=6, ignore_end=True)).ids == expected
