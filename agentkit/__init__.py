@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from agentkit.limits import Limits as Limits
     from agentkit.loading import load as load
     from agentkit.loop import Finished as Finished
+    from agentkit.loop import PrefillProgress as PrefillProgress
     from agentkit.loop import ToolFinished as ToolFinished
     from agentkit.loop import TurnFinished as TurnFinished
     from agentkit.output import OutputError as OutputError
@@ -62,7 +63,7 @@ _HOMES = {
     "extraction": ["Extracted", "extract"],
     "limits": ["Limits"],
     "loading": ["load"],
-    "loop": ["Finished", "ToolFinished", "TurnFinished"],
+    "loop": ["Finished", "PrefillProgress", "ToolFinished", "TurnFinished"],
     "output": ["OutputError"],
     "result": ["CallRecord", "RunResult", "Session"],
     "runtime.errors": ["AgentError", "CapacityError", "EngineError", "ModelError", "SchemaError"],

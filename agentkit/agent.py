@@ -17,14 +17,14 @@ from anyio.abc import TaskGroup
 
 from agentkit.decision import C, Decision, decide, texts
 from agentkit.limits import Limits
-from agentkit.loop import Finished, Job, Loop, ToolFinished, TurnFinished
+from agentkit.loop import Finished, Job, Loop, LoopEvent
 from agentkit.result import RunResult, Session
 from agentkit.runtime.errors import AgentError
 from agentkit.runtime.request import Sampling
 from agentkit.template import ChatTemplate, Message, System, User
 from agentkit.tool import Tool, ToolError, toolset
 from agentkit.transcript import Transcript
-from agentkit.turn import Choice, Event
+from agentkit.turn import Choice
 
 if TYPE_CHECKING:
     from agentkit.output import Constraint
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from agentkit.runtime.grammar import GrammarSpec
 
 Out = TypeVar("Out")
-AgentEvent = Event | ToolFinished | TurnFinished | Finished[Any]
+AgentEvent = LoopEvent | Finished[Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import GrammarSpec
-from agentkit.runtime.request import Finish, Request, Sampling, Usage
+from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
 from agentkit.tool import RunContext, Tool
@@ -35,6 +35,23 @@ _CHOICES = ("auto", "required", "none")
 _RESULT_TOKENS = 256
 #: A result of which less than this would be left at either end is left out whole.
 _SHORTEST_PART = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """The model is reading a prompt that takes it more than one step; where one is enough there is no such event.
+
+    Attributes:
+        step: which turn, from 0.
+        done: tokens of the prompt that it has read, those kept from earlier turns included; it never falls.
+        total: tokens of the prompt.
+        recomputed: tokens read a second time so far because memory was short: while they are, ``done`` stands still.
+    """
+
+    step: int
+    done: int
+    total: int
+    recomputed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +124,9 @@ class _Turn:
     unfinished: bool = False  # its budget ended before it came to a call or an answer
 
 
+LoopEvent = Event | PrefillProgress | ToolFinished | TurnFinished
+
+
 class Loop(Generic[Out]):
     """Runs one task to its end.
 
@@ -116,9 +136,7 @@ class Loop(Generic[Out]):
         emit: receives every event as it happens.
     """
 
-    def __init__(
-        self, job: Job[Out], transcript: Transcript, emit: Callable[[Event | ToolFinished | TurnFinished], None]
-    ):
+    def __init__(self, job: Job[Out], transcript: Transcript, emit: Callable[[LoopEvent], None]):
         self.job, self.transcript, self.emit = job, transcript, emit
         self.meter = Meter(job.limits, job.engine.sizes.context, transcript.ids, bool(job.tools))
         self.usage = Usage()
@@ -217,7 +235,10 @@ class Loop(Generic[Out]):
         parser = TurnParser(self.transcript.template.tool_format.tags, final)
 
         async def read() -> None:
-            async for chunk in generation:
+            async for chunk in generation.watch():
+                if isinstance(chunk, Progress):
+                    self.emit(PrefillProgress(self.meter.step, chunk.done, chunk.total, chunk.recomputed))
+                    continue
                 if chunk.closing and final is not None and parser.in_text:
                     turn.unfinished = True  # the way out of text is a call that the model has not chosen
                     continue

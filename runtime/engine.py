@@ -380,9 +380,16 @@ class Engine:
         outcomes = self._answer(plan, scores) + self._take(taking, output.logits, masks)
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
+        self._report(plan)
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         self._watchdog.step(new, self._scheduler.dump)
+
+    def _report(self, plan: Plan) -> None:
+        """Tell the callers whose prompts this step has not brought to their end."""
+        for entry in plan.entries:
+            if not entry.sample and (live := self._live.get(entry.seq.rid)) is not None:
+                live.report()
 
     def _drafts(self) -> dict[int, list[int]]:
         """What may follow the sequences that decode, by rid."""

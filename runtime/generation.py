@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -12,7 +12,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from agentkit.runtime.errors import EngineError
-from agentkit.runtime.request import Chunk, Finish, Request
+from agentkit.runtime.request import Chunk, Finish, Progress, Request
 
 if TYPE_CHECKING:
     from agentkit.runtime.engine import Engine
@@ -22,13 +22,14 @@ class Generation:
     """A stream of `Chunk`; use it as ``async with engine.generate(request) as generation``.
 
     Leaving the block aborts what still runs and gives its pages back. The engine's thread writes, the caller's event
-    loop reads; neither waits for the other.
+    loop reads; neither waits for the other. `watch` gives, beside the chunks, how far a long prompt has come.
 
     Attributes:
         request: what was asked.
         ids: every id so far, forced ones included.
         finish: set once the stream has ended.
         started: whether the engine has it; a fork runs from the moment it is made.
+        progress: how far the prompt has come, as last reported; None until a step has ended within it.
     """
 
     def __init__(self, engine: Engine, rid: int, request: Request) -> None:
@@ -37,6 +38,8 @@ class Generation:
         self.ids: list[int] = []
         self.finish: Finish | None = None
         self.started = False
+        self.progress: Progress | None = None
+        self._watched = False
         self._engine = engine
         self._items: deque[Chunk | Finish | BaseException] = deque()
         self._arrived: anyio.Event | None = None
@@ -45,6 +48,15 @@ class Generation:
     def push(self, item: Chunk | Finish | BaseException) -> None:
         """Called by the engine's thread."""
         self._items.append(item)
+        self._ring()
+
+    def report(self, progress: Progress) -> None:
+        """Called by the engine's thread. Only the newest report is kept, and only one who watches is woken."""
+        self.progress = progress
+        if self._watched:
+            self._ring()
+
+    def _ring(self) -> None:
         if self._bell is not None:
             try:
                 self._bell.ring(self)
@@ -73,14 +85,35 @@ class Generation:
     def __aiter__(self) -> Self:
         return self
 
+    async def watch(self) -> AsyncIterator[Progress | Chunk]:
+        """The chunks, and before them each report of how far the prompt has come.
+
+        There is one for a step that computed a part of it and not its end, so none where it fits one step. A reader
+        slower than the steps gets the newest only. After a preemption reports come between the chunks.
+        """
+        self._watched = True
+        seen: Progress | None = None
+        while True:
+            while not self._items and self.finish is None:
+                news = self.progress
+                if news is not None and news is not seen:
+                    seen = news
+                    yield news
+                else:
+                    await self._news()
+            try:
+                chunk = await anext(self)
+            except StopAsyncIteration:
+                return
+            seen = self.progress  # older than the chunk
+            yield chunk
+
     async def __anext__(self) -> Chunk:
-        if self._arrived is None:
-            raise EngineError("a generation is used as `async with engine.generate(...) as generation`")
+        self._entered()
         while not self._items:
             if self.finish is not None:
                 raise StopAsyncIteration
-            await self._arrived.wait()
-            self._arrived = anyio.Event()
+            await self._news()
         item = self._items.popleft()
         if isinstance(item, Chunk):
             self.ids.extend(item.ids)
@@ -90,6 +123,16 @@ class Generation:
             raise StopAsyncIteration
         self._items.append(item)  # a failed generation stays failed
         raise item
+
+    async def _news(self) -> None:
+        """Sleep until something has arrived."""
+        await self._entered().wait()
+        self._arrived = anyio.Event()
+
+    def _entered(self) -> anyio.Event:
+        if self._arrived is None:
+            raise EngineError("a generation is used as `async with engine.generate(...) as generation`")
+        return self._arrived
 
 
 class Bell:

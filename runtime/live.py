@@ -18,7 +18,7 @@ from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import Grammar, Matcher
 from agentkit.runtime.radix import common_prefix
-from agentkit.runtime.request import Chunk, Sampling, Score, Usage
+from agentkit.runtime.request import Chunk, Progress, Sampling, Score, Usage
 from agentkit.runtime.sequence import Sequence
 from agentkit.runtime.text import Detokenizer, StopStrings
 from agentkit.runtime.vocab import Vocabulary
@@ -265,6 +265,13 @@ class Live:
             if self._stops.push(text).stop is not None:
                 return True
         return token in self.vocab.end_ids and not self.generation.request.ignore_end
+
+    def report(self) -> None:
+        """Tell the caller how far the prompt has come, if that is news."""
+        s = self.sequence
+        progress = Progress(min(s.reached, s.prompt), s.prompt, s.recomputed)
+        if progress != self.generation.progress:
+            self.generation.report(progress)
 
     def usage(self) -> Usage:
         """Counts so far."""

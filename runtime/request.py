@@ -144,6 +144,21 @@ class Chunk(NamedTuple):  # one is made for each token: a third of what a frozen
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a prompt has come that takes more than one step.
+
+    Attributes:
+        done: tokens of it whose KV has been computed or was cached; it never falls.
+        total: tokens of it.
+        recomputed: tokens computed a second time so far, after a preemption: while they are, ``done`` stands still.
+    """
+
+    done: int
+    total: int
+    recomputed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """How a generation ended.
 

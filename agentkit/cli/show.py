@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from agentkit.agent import AgentEvent
 from agentkit.cli.terminal import CYAN, DIM, RED, json_line, paint, printable
-from agentkit.loop import Finished, ToolFinished, TurnFinished
+from agentkit.loop import Finished, PrefillProgress, ToolFinished, TurnFinished
 from agentkit.result import CallRecord, RunResult
 from agentkit.runtime.request import Usage
 from agentkit.turn import CallReady, OutputDelta, TextDelta
@@ -31,13 +31,16 @@ class Printer:
 
     def __init__(self) -> None:
         self._column = 0
+        self._status = False
         self._turn_open = False
         self._since = time.monotonic()
         self._model_seconds = 0.0
 
     def __call__(self, event: AgentEvent) -> None:
         """Print one event; the order is that of the run."""
-        if isinstance(event, TextDelta | OutputDelta):
+        if isinstance(event, PrefillProgress):
+            self._reading(event)
+        elif isinstance(event, TextDelta | OutputDelta):
             self._write(printable(event.text))
         elif isinstance(event, CallReady):
             self.note(f"→ {event.name}({json.dumps(dict(event.arguments), ensure_ascii=False)})", CYAN)
@@ -54,10 +57,26 @@ class Printer:
 
     def end_line(self) -> None:
         """Begin a new line of text unless one has just begun."""
+        self._clear()
         if self._column:
             self._write("\n")
 
+    def _reading(self, event: PrefillProgress) -> None:
+        """A line that each event writes over and the next output clears; only a terminal can show it."""
+        if sys.stderr.isatty():
+            self.end_line()
+            again = f", {event.recomputed:,} a second time" if event.recomputed else ""
+            text = f"reading the prompt: {event.done:,} of {event.total:,} tokens{again}"
+            print(paint(text, DIM, sys.stderr), end="", file=sys.stderr, flush=True)
+            self._status = True
+
+    def _clear(self) -> None:
+        if self._status:
+            self._status = False
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
     def _write(self, text: str) -> None:
+        self._clear()
         sys.stdout.write(text)
         sys.stdout.flush()
         self._column = len(text) - 1 - text.rfind("\n") + (0 if "\n" in text else self._column)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, field_validator
 
@@ -19,6 +21,7 @@ from agentkit import (
     Finished,
     Limits,
     OutputError,
+    PrefillProgress,
     RunContext,
     SchemaError,
     TextDelta,
@@ -32,6 +35,8 @@ from agentkit import (
     tool,
 )
 from agentkit.runtime.generation import Generation
+from agentkit.runtime.runner import Output
+from agentkit.runtime.sequence import Plan
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.script import ScriptError
 from agentkit.template import Assistant, ToolResult, User
@@ -104,6 +109,26 @@ async def test_events_in_order() -> None:
     text = "".join(e.text for e in events[: kinds.index(CallStarted)] if isinstance(e, TextDelta))
     assert text == "Hm.\n"
     assert events[kinds.index(CallReady)] == CallReady(0, "add", {"a": 1, "b": 2})
+
+
+async def test_reading_a_long_task_is_an_event_and_reading_a_short_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    with scripted(final("long"), final("short")) as engine:
+        step, loop = engine.runner.step, anyio.lowlevel.current_token()
+
+        def after_all_have_read(plan: Plan) -> Output:
+            anyio.from_thread.run(anyio.wait_all_tasks_blocked, token=loop)
+            return step(plan)
+
+        monkeypatch.setattr(engine.runner, "step", after_all_have_read)
+        async with Agent().stream("x" * 1400) as run:
+            async for event in run:
+                events.append(event)
+        total = run.result.usage.prefilled
+        async with Agent().stream("x" * 200) as run:
+            assert not [event async for event in run if isinstance(event, PrefillProgress)]
+    assert events[:2] == [PrefillProgress(0, done, total, 0) for done in (512, 1024)]
+    assert not any(isinstance(event, PrefillProgress) for event in events[2:])
 
 
 async def test_typed_output_and_tools_share_one_grammar() -> None:

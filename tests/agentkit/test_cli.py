@@ -21,7 +21,7 @@ from agentkit import loading, models
 from agentkit.cli import doctor, main, source
 from agentkit.cli.show import Printer, event_json, summary
 from agentkit.cli.terminal import json_line, paint, printable
-from agentkit.loop import Finished, ToolFinished, TurnFinished
+from agentkit.loop import Finished, PrefillProgress, ToolFinished, TurnFinished
 from agentkit.result import CallRecord, RunResult
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, SchemaError
@@ -272,6 +272,24 @@ def test_a_run_as_a_person_sees_it(capsys: pytest.CaptureFixture[str]) -> None:
         "← fail: Error: no (0.0 s)",
     ]
     assert TOKENS.fullmatch(err.splitlines()[9])
+
+
+def test_reading_a_long_prompt_is_one_line_that_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    reading = [PrefillProgress(0, 512, 1400, 0), PrefillProgress(0, 1024, 1400, 96), TextDelta("Hi")]
+    for event in reading:
+        Printer()(event)
+    assert capsys.readouterr().err == ""  # nothing but a terminal can write a line over
+    printer = Printer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True)
+        patch.setenv("NO_COLOR", "1")
+        for event in reading:
+            printer(event)
+    assert capsys.readouterr().err.split("\r\033[K") == [
+        "reading the prompt: 512 of 1,400 tokens",
+        "reading the prompt: 1,024 of 1,400 tokens, 96 a second time",
+        "",
+    ]
 
 
 def test_the_summary() -> None:

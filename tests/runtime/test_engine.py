@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError, SchemaError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import ChoiceSpec, Grammar, JsonSpec, LarkSpec, RegexSpec
-from agentkit.runtime.request import Request, Sampling, Usage
+from agentkit.runtime.request import Chunk, Progress, Request, Sampling, Usage
 from agentkit.runtime.runner import Output
 from agentkit.runtime.sequence import Plan
 from tests import tiny
@@ -145,6 +146,59 @@ async def test_usage_counts_every_token_once(engine: Engine) -> None:
     assert second.finish is not None
     assert second.finish.usage == Usage(cached=56, prefilled=4, decoded=1, forced=0)
     assert engine.stats().computed == computed + 4
+
+
+def unhurried(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each step begin when the readers have taken in all of the last one."""
+    step, loop = engine.runner.step, anyio.lowlevel.current_token()
+
+    def after_all_have_read(plan: Plan) -> Output:
+        anyio.from_thread.run(anyio.wait_all_tasks_blocked, token=loop)
+        return step(plan)
+
+    monkeypatch.setattr(engine.runner, "step", after_all_have_read)
+
+
+async def watched(engine: Engine, request: Request) -> list[Progress | Chunk]:
+    async with engine.generate(request) as generation:
+        return [item async for item in generation.watch()]
+
+
+async def test_a_prompt_of_several_steps_is_reported_and_one_of_one_step_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unhurried(engine, monkeypatch)
+    request = Request(list(range(60)), max_tokens=2, ignore_end=True)
+    *reports, first, second = await watched(engine, request)
+    assert reports == [Progress(16, 60), Progress(32, 60), Progress(48, 60)]
+    assert isinstance(first, Chunk)
+    assert isinstance(second, Chunk)
+    assert all(isinstance(item, Chunk) for item in await watched(engine, request))  # all but its last token is cached
+    longer = Request([*range(60), *range(100, 130)], max_tokens=1, ignore_end=True)
+    assert (await watched(engine, longer))[0] == Progress(76, 90)  # what is cached is done
+    assert all(isinstance(item, Chunk) for item in await watched(engine, Request([7] * 16, max_tokens=2)))
+
+
+async def test_progress_never_falls_and_says_what_is_computed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_bytes = 3 * 2 * 2 * 32 * 4
+    items: dict[str, list[Progress | Chunk]] = {}
+    with tiny.engine(folder, kv_bytes=96 * token_bytes, step_tokens=8, running=2) as engine:
+        unhurried(engine, monkeypatch)
+
+        async def one(name: str, request: Request) -> None:
+            items[name] = await watched(engine, request)
+
+        async with anyio.create_task_group() as group:  # the first takes the pages of the second as it grows
+            group.start_soon(one, "first", Request(list(range(20)), max_tokens=60, ignore_end=True))
+            group.start_soon(one, "second", Request(list(range(100, 170)), max_tokens=8, ignore_end=True))
+    reports = [item for item in items["second"] if isinstance(item, Progress)]
+    assert all(a.done <= b.done and a.recomputed <= b.recomputed and a != b for a, b in itertools.pairwise(reports))
+    assert any(a.done == b.done for a, b in itertools.pairwise(reports))
+    assert reports[-1].recomputed > 0
+    assert {report.total for report in reports} == {70}
+    assert sum(isinstance(item, Chunk) for item in items["second"]) == 8
 
 
 async def test_branches_over_one_new_prefix_prefill_it_once(engine: Engine) -> None:
