@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agentkit.kernels import paged
+from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.plan import Plan
 
@@ -83,7 +84,7 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    work: Sequence[Work] | Layout | Plan,
+    work: Sequence[Work] | Layout | Aligned | Plan,
     scale: float,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
@@ -111,6 +112,6 @@ def paged_attention(
         raise ValueError(f"work: items are for the CPU; {query.device} needs a plan")
     if keys.dtype != query.dtype:
         raise ValueError(f"keys: {keys.dtype} does not fit {query.dtype} on the CPU")
-    layout = work if isinstance(work, Layout) else Layout(work, query.dtype)
+    layout = work if isinstance(work, Layout | Aligned) else Layout(work, query.dtype)
     out = layout.attend(query, keys, values, scale * key_scale)
     return out if value_scale == 1 else out * value_scale

@@ -115,6 +115,34 @@ def flat(spans: Sequence[Span], page_size: int) -> list[Group]:
     return [_rest(span, 0, page_size) for span in _checked(spans, page_size)]
 
 
+def fixed(spans: Sequence[Span], page_size: int, chunk: int) -> list[Group]:
+    """Groups of ``chunk`` tokens each, counted from the first token of a context, whatever its length.
+
+    A row's parts then are the same however many rows its sequence has in the step. With tiles of one height
+    (`Reserve`) and the same ``chunk`` in the plan, so that nothing is split further, neither these nor the rest of the
+    batch change a bit of its result.
+
+    Args:
+        spans: the step's sequences.
+        page_size: tokens in a page.
+        chunk: tokens of a group, a multiple of the page size.
+
+    Raises:
+        ValueError: as `flat`; a chunk that would cut a page.
+    """
+    if chunk < 1 or chunk % page_size:
+        raise ValueError(f"chunk: {chunk} is no multiple of a page's {page_size} tokens")
+    groups: list[Group] = []
+    for span in _checked(spans, page_size):
+        rows, positions = _own(span)
+        for base in range(0, max(span.context, 1), chunk):
+            seeing = slice(max(0, base - (span.context - span.rows)), None)
+            length = min(chunk, span.context - base)
+            pages = span.pages[base // page_size : -(-(base + length) // page_size)]
+            groups.append(Group(rows[seeing], positions[seeing], pages, length, base))
+    return groups
+
+
 def shared(
     spans: Sequence[Span], page_size: int, least: int = 256, most_rows: int = 8, sequences: int = 2
 ) -> list[Group]:

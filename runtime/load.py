@@ -14,6 +14,7 @@ import torch
 
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
+from agentkit.runtime.invariant import InvariantRunner
 from agentkit.runtime.model import Model
 from agentkit.runtime.runner import TorchRunner
 from agentkit.runtime.vocab import Vocabulary
@@ -42,6 +43,8 @@ class Options:
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
+        invariant: give a sequence the same logits, bit for bit, whatever runs beside it, however its prompt is cut, and
+            whatever is cached, drafts and preemptions included; for replay and tests. It takes longer.
         drafts: guess what is copied from the context and verify several tokens in one step where that pays. What
             comes out is the same, but for ties that the rounding of a step decides.
     """
@@ -55,6 +58,7 @@ class Options:
     step_tokens: int = 512
     running: int = 64
     drafts: bool = True
+    invariant: bool = False
 
 
 def load_engine(path: Path, options: Options | None = None, name: str | None = None) -> Engine:
@@ -116,7 +120,8 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
     )
-    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size)
+    make = InvariantRunner if options.invariant else TorchRunner
+    runner = make(model, pages, page_size, options.step_tokens, options.running, vocab.size)
     return runner, vocab, sizes
 
 

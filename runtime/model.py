@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Work, paged_attention
 from agentkit.kernels.cache import HeadNorms, rotate_and_write
 from agentkit.kernels.flash import Layout
@@ -52,7 +53,7 @@ class Batch:
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    work: Sequence[Work] | Layout | Plan
+    work: Sequence[Work] | Layout | Aligned | Plan
     sampled: Tensor
 
 

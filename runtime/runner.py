@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Work
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.groups import Span, shared
@@ -23,7 +24,7 @@ from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
 from agentkit.runtime.model import Batch, Model
-from agentkit.runtime.sequence import Entry, Plan
+from agentkit.runtime.sequence import Copy, Entry, Plan
 
 #: Rows that go through the head at once where their logits are not kept: 64 rows of Qwen3's table are 39 MB.
 HEAD_ROWS = 64
@@ -97,11 +98,17 @@ class TorchRunner:
         return self.model.weight_bytes
 
     def step(self, plan: Plan) -> Output:
-        for copy in plan.copies:  # one by one: the target of one may be the source of the next
-            copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
+        self._copy(plan.copies)
         batch = self._batch(plan)
         hidden = self.model.hidden(batch, self.kv)
-        return Output(self.model.logits(hidden[batch.sampled]), self._scores(plan, hidden))
+        return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
+
+    def _copy(self, copies: Iterable[Copy]) -> None:
+        for copy in copies:  # one by one: the target of one may be the source of the next
+            copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
 
     def _scores(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Log-probabilities of the targets. Their logits, far larger than all else of a step, exist piece by piece."""
@@ -115,21 +122,18 @@ class TorchRunner:
         scores = [torch.empty(0, device=hidden.device)]
         for start in range(0, len(rows), HEAD_ROWS):
             piece = slice(start, start + HEAD_ROWS)
-            logits = self.model.logits(hidden[self._tensor(rows[piece])])[:, : self.tokens]
+            logits = self._logits(hidden[self._tensor(rows[piece])])[:, : self.tokens]
             places = [place for place, tokens in enumerate(targets[piece]) for _ in tokens]
             tokens = self._tensor(chain.from_iterable(targets[piece]))
             scores.append(target_log_probabilities(logits, self._tensor(places), tokens))
         return torch.cat(scores)
 
     def _batch(self, plan: Plan) -> Batch:
-        sampled: list[int] = []
         starts: list[int] = []
         row = 0
         for entry in plan.entries:
             starts.append(row)
             row += entry.rows
-            if entry.sample:
-                sampled.extend(range(row - 1 - len(entry.draft), row))
         spans = [(e.start, e.start + e.rows, e.seq) for e in plan.entries]
         tensor = self._tensor
         return Batch(
@@ -137,13 +141,13 @@ class TorchRunner:
             positions=tensor(chain.from_iterable(range(a, b) for a, b, _ in spans)),
             slots=tensor(chain.from_iterable(self._slots(seq.pages, a, b) for a, b, seq in spans)),
             work=self._work(plan.entries, starts, row),
-            sampled=tensor(sampled),
+            sampled=tensor(sampled_rows(plan.entries)),
         )
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.model.device)
 
-    def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | AttentionPlan:
+    def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | Aligned | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU."""
         if self._attention is None:
             works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
@@ -169,3 +173,14 @@ class TorchRunner:
     def _slots(self, pages: list[int], start: int, stop: int) -> list[int]:
         size = self.page_size
         return [pages[i // size] * size + i % size for i in range(start, stop)]
+
+
+def sampled_rows(entries: Iterable[Entry]) -> list[int]:
+    """Rows of a step whose logits are wanted: of each entry that samples its last one, and those of its draft."""
+    sampled: list[int] = []
+    row = 0
+    for entry in entries:
+        row += entry.rows
+        if entry.sample:
+            sampled.extend(range(row - 1 - len(entry.draft), row))
+    return sampled

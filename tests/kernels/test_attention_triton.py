@@ -14,7 +14,7 @@ from torch import Tensor
 
 from agentkit.kernels import paged
 from agentkit.kernels.attention import Work, paged_attention, paged_attention_reference
-from agentkit.kernels.groups import Group, Window, flat, selected, shared, windowed
+from agentkit.kernels.groups import Group, Span, Window, fixed, flat, selected, shared, windowed
 from agentkit.kernels.plan import Capacity, Plan, Reserve, Shape
 from agentkit.kernels.select import launch_page_scores, page_scores, page_scores_reference, select_pages
 from tests.kernels.rule import assert_as_exact
@@ -127,6 +127,33 @@ def test_a_fixed_chunk_makes_a_row_independent_of_its_batch() -> None:
     alone = Scene(s.query[:1], s.pool, s.spans[:1], s.shape)
     ours, own = (attend(x, plan_of(x, chunk=128)) for x in (s, alone))
     assert torch.equal(ours[:1], own)
+
+
+def fixed_plan(s: Scene, chunk: int) -> Plan:
+    """As the invariant runner plans: chunks counted from the first token, tiles of one height."""
+    groups = fixed(s.spans, s.shape.page_size, chunk)
+    blocks = sum(-(-len(group.rows) // (16 // s.shape.group)) for group in groups)
+    return plan_of(s, groups, chunk=chunk, reserve=Reserve({16: blocks}, merges=len(s.query)))
+
+
+@pytest.mark.parametrize(("dtype", "page_size"), [(torch.float32, 64), (torch.bfloat16, 16)])
+def test_fixed_groups_make_a_row_independent_of_how_its_prompt_was_cut(dtype: torch.dtype, page_size: int) -> None:
+    whole = scene([(150, 150), (40, 1)], (2, 1, 32), page_size, dtype)
+    span, other = whole.spans
+    one_way = attend(whole, fixed_plan(whole, 64))
+    assert_right(whole, one_way)
+    for first, stop in ((0, 1), (61, 66), (64, 65), (117, 150), (149, 150)):
+        part = Scene(
+            torch.cat([whole.query[first:stop], whole.query[-1:]]),
+            whole.pool,
+            [Span(0, stop - first, stop, span.pages), Span(stop - first, 1, other.context, other.pages)],
+            whole.shape,
+        )
+        again = attend(part, fixed_plan(part, 64))
+        assert torch.equal(again[:-1], one_way[first:stop])
+        assert torch.equal(again[-1], one_way[-1])
+    other_way = attend(whole, fixed_plan(whole, 128))  # the control: splits do change bits
+    assert not torch.equal(other_way, one_way)
 
 
 @pytest.mark.parametrize(("dtype", "pool"), TYPES[2::2])

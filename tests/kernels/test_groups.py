@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkit.kernels.groups import FAR, Group, Span, Window, flat, selected, shared, visible, windowed
+from agentkit.kernels.groups import FAR, Group, Span, Window, fixed, flat, selected, shared, visible, windowed
 from agentkit.kernels.plan import RESIDENT, Capacity, Plan, Reserve, Shape
 
 PAGE = 4
@@ -308,6 +308,21 @@ def test_a_fixed_chunk_makes_splits_depend_on_nothing_else() -> None:
     for others in (0, 1, 7):
         plan.update(flat(long(1 + others, 1900), PAGE), 1 + others)
         assert splits(plan) == [4] * 4 * (1 + others)
+
+
+@given(batches(), st.sampled_from([1, 2, 5]))
+@settings(max_examples=60, deadline=None)
+def test_fixed_groups_cover_each_rows_past_once(spans: list[Span], pages: int) -> None:
+    plan = plan_of(Capacity(rows=4096, pages=512, items=4096, parts=4096), chunk=pages * PAGE)
+    plan.update(fixed(spans, PAGE, pages * PAGE), sum(s.rows for s in spans))
+    results, merged = follow(plan)
+    assert results | merged == wanted(spans)
+
+
+def test_a_chunk_that_would_cut_a_page_is_refused() -> None:
+    for chunk in (0, PAGE + 1):
+        with pytest.raises(ValueError, match="^chunk: "):
+            fixed(long(1, 40), PAGE, chunk)
 
 
 def test_the_longest_items_come_first() -> None:
