@@ -135,8 +135,9 @@ def fixed(spans: Sequence[Span], page_size: int, chunk: int) -> list[Group]:
     groups: list[Group] = []
     for span in _checked(spans, page_size):
         rows, positions = _own(span)
+        past = max(0, span.context - span.rows)
         for base in range(0, max(span.context, 1), chunk):
-            seeing = slice(max(0, base - (span.context - span.rows)), None)
+            seeing = slice(max(0, base - past), None)
             length = min(chunk, span.context - base)
             pages = span.pages[base // page_size : -(-(base + length) // page_size)]
             groups.append(Group(rows[seeing], positions[seeing], pages, length, base))

@@ -157,7 +157,7 @@ def _attention(model: Model, pages: int, page_size: int, running: int) -> Attent
     splits = -(-c.max_positions // _CHUNK)
     capacity = Capacity(
         rows=tallest * splits,
-        pages=running * -(-c.max_positions // page_size),
+        pages=max(running * -(-c.max_positions // page_size), tallest * (_PROBED // page_size + 1)),
         items=tallest * splits,
         parts=tallest * splits,
     )
@@ -169,7 +169,7 @@ def _cut(entry: Entry, first: int, stop: int) -> Entry:
     """Rows ``first`` to ``stop`` of an entry."""
     n = max(0, min(entry.n, stop) - first)
     draft = entry.draft[max(0, first - entry.n) : max(0, stop - entry.n)]
-    return replace(entry, start=entry.start + first, n=n, sample=False, scored=0, draft=draft)
+    return entry._replace(start=entry.start + first, n=n, sample=False, scored=0, draft=draft)
 
 
 def _probing(page: int, runner: TorchRunner) -> Entry:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from agentkit.kernels import paged
+from agentkit.kernels.plan import Plan as AttentionPlan
+from agentkit.runtime import invariant, model
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.invariant import InvariantRunner
 from agentkit.runtime.load import Options, load_engine
 from agentkit.runtime.request import Request, Sampling
 from agentkit.runtime.runner import Output
-from agentkit.runtime.sequence import Plan
+from agentkit.runtime.sequence import Entry, Plan, Sequence
+from agentkit.runtime.weights import open_checkpoint
 from tests import smol, tiny
 
 pytestmark = pytest.mark.anyio
@@ -69,16 +75,14 @@ class Recorder:
             self.rows[ids] = row.clone()
 
 
-async def run(engine: Engine, prompt: Sequence[int], tokens: int, sampling: Sampling) -> Generation:
+async def run(engine: Engine, prompt: Ids[int], tokens: int, sampling: Sampling) -> Generation:
     async with engine.generate(Request(prompt, tokens, sampling=sampling, ignore_end=True)) as generation:
         async for _ in generation:
             pass
     return generation
 
 
-async def together(
-    engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, sampling: Sampling
-) -> list[Generation]:
+async def together(engine: Engine, prompts: Ids[Ids[int]], tokens: int, sampling: Sampling) -> list[Generation]:
     found: dict[int, Generation] = {}
 
     async def one(index: int) -> None:
@@ -90,7 +94,7 @@ async def together(
     return [found[i] for i in range(len(prompts))]
 
 
-async def interrupted(engine: Engine, prompt: Sequence[int], tokens: int, sampling: Sampling) -> list[Generation]:
+async def interrupted(engine: Engine, prompt: Ids[int], tokens: int, sampling: Sampling) -> list[Generation]:
     """A request that is preempted twice and forked once, and its child."""
     async with engine.generate(Request(prompt, tokens, sampling=sampling, ignore_end=True)) as parent:
         child = None
@@ -106,7 +110,7 @@ async def interrupted(engine: Engine, prompt: Sequence[int], tokens: int, sampli
     return [parent, child]
 
 
-async def everything(plain: Engine, cut: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Recorder:
+async def everything(plain: Engine, cut: Engine, prompts: Ids[Ids[int]], tokens: int) -> Recorder:
     """All the ways to the same ids; what comes out of each must be the same ids.
 
     Args:
@@ -205,8 +209,6 @@ async def test_scores_are_the_same_in_any_company(folder: Path) -> None:
 
 def test_heights_that_do_not_agree_are_not_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor is made up whose products give other bits for 8 rows, or at every third place of 64."""
-    from agentkit.runtime import model
-
     linear = model.Linear.__call__
 
     def probed(change: dict[int, slice]) -> tuple[int, ...]:
@@ -224,6 +226,40 @@ def test_heights_that_do_not_agree_are_not_mixed(folder: Path, monkeypatch: pyte
     assert probed({1: slice(None), 64: slice(0, None, 3)}) == (8,)
     assert probed({8: slice(0, 1), 64: slice(0, 1)}) == (1,)
     assert set(probed({8: slice(0, 1), 1: slice(None)})) == {64}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the plan of a GPU runs under Triton's interpreter")
+def test_the_plan_of_a_gpu_gives_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner's way on a GPU, on a CPU: its groups and tiles, with the kernels interpreted."""
+
+    def interpreted(query: Tensor, keys: Tensor, values: Tensor, work: AttentionPlan, scale: float) -> Tensor:
+        paged.check(query, keys, values, work, scale, 1.0)
+        return paged.attend(query.contiguous(), keys, values, work, scale, 1.0, 1.0)
+
+    monkeypatch.setattr(model, "paged_attention", interpreted)
+    monkeypatch.setattr(invariant, "processors", lambda device: 4)
+    monkeypatch.setattr(invariant, "_CHUNK", 32)
+    monkeypatch.setattr(InvariantRunner, "_probe", lambda self: (8,))
+    weights = model.Model(open_checkpoint(folder), torch.device("cpu"), torch.float32, packed=False)
+    runner = InvariantRunner(weights, pages=40, page_size=16, step_tokens=64, running=8)
+    runner._attention = invariant._attention(weights, 40, 16, 8)
+
+    def sequence(length: int, first: int) -> Sequence:
+        made = Sequence(first, [7 * i % 250 for i in range(length)], "", first, length)
+        for page in range(first, first + -(-length // 16)):
+            made.add_page(page)
+        return made
+
+    def step(*entries: Entry) -> Tensor:
+        with torch.inference_mode():
+            return runner.step(Plan(list(entries), [], [])).logits
+
+    (whole,) = step(Entry(sequence(50, 0), 0, 50, True))
+    cut = sequence(46, 10)
+    step(Entry(cut, 0, 31, False))
+    draft = tuple(sequence(50, 0).ids[46:])
+    beside = step(Entry(sequence(5, 30), 0, 5, True), Entry(cut, 31, 15, True, draft=draft))
+    assert torch.equal(beside[-1], whole)
 
 
 async def test_smollm2() -> None:
