@@ -18,6 +18,7 @@ from agentkit.kernels import paged
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.plan import Plan
+from agentkit.kernels.windowed import Windowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,17 @@ class Work:
     def context(self) -> int:
         """Tokens in the context, own tokens included."""
         return sum(length for _, length in self.runs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Rows of one batch that are answered by different works.
+
+    Attributes:
+        parts: ``[r]`` int64 rows of the batch and their work, in which they are counted from 0.
+    """
+
+    parts: tuple[tuple[Tensor, Layout | Windowed | Plan], ...]
 
 
 def paged_attention_reference(
@@ -84,7 +96,7 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    work: Sequence[Work] | Layout | Aligned | Plan,
+    work: Sequence[Work] | Layout | Aligned | Windowed | Plan | Parts,
     scale: float,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
@@ -103,6 +115,11 @@ def paged_attention(
         raise ValueError(f"query: {tuple(query.shape)}, its heads are no multiple of those of {tuple(keys.shape)}")
     if keys.shape != values.shape or keys.shape[2] != query.shape[2]:
         raise ValueError(f"keys, values: {tuple(keys.shape)}, {tuple(values.shape)} do not fit {tuple(query.shape)}")
+    if isinstance(work, Parts):
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for rows, part in work.parts:
+            out[rows] = paged_attention(query[rows], keys, values, part, scale, key_scale, value_scale)
+        return out
     if isinstance(work, Plan):
         if query.device.type != "cuda":
             raise ValueError(f"query: a plan is for a GPU, not for {query.device}")
@@ -112,6 +129,6 @@ def paged_attention(
         raise ValueError(f"work: items are for the CPU; {query.device} needs a plan")
     if keys.dtype != query.dtype:
         raise ValueError(f"keys: {keys.dtype} does not fit {query.dtype} on the CPU")
-    layout = work if isinstance(work, Layout | Aligned) else Layout(work, query.dtype)
+    layout = work if isinstance(work, Layout | Aligned | Windowed) else Layout(work, query.dtype)
     out = layout.attend(query, keys, values, scale * key_scale)
     return out if value_scale == 1 else out * value_scale

@@ -29,7 +29,7 @@ from agentkit.runtime.request import Chunk, Finish, Request, Usage
 from agentkit.runtime.runner import Runner
 from agentkit.runtime.sampler import Sampler
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
-from agentkit.runtime.sequence import Plan, State
+from agentkit.runtime.sequence import DENSE, SPARSE, Plan, State
 from agentkit.runtime.stats import Stats, Watchdog
 from agentkit.runtime.vocab import Vocabulary
 
@@ -53,6 +53,7 @@ class Sizes:
         step_tokens: most tokens computed in one step; longer prompts are prefilled in chunks of it.
         running: most sequences in one step.
         drafts: most guesses at what follows that one sequence has verified in one step; 0 for none.
+        sparse: prefill is sparse for requests that do not ask for dense attention.
     """
 
     context: int
@@ -61,6 +62,7 @@ class Sizes:
     step_tokens: int = 512
     running: int = 64
     drafts: int = 0
+    sparse: bool = False
 
 
 class Engine:
@@ -121,6 +123,8 @@ class Engine:
         bad = next((t for t in request.ids if not 0 <= t < self.runner.vocab_size), None)
         if bad is not None:
             raise ValueError(f"ids holds {bad}, which is no token of {self.name} (0 to {self.runner.vocab_size - 1})")
+        if request.attention == "sparse" and not self.sizes.sparse:
+            raise ValueError(f"{self.name} has no sparse attention: load it with Options(attention='sparse')")
         return Generation(self, next(self._rids), request)
 
     def _longest(self) -> tuple[int, str]:
@@ -192,13 +196,15 @@ class Engine:
     def start(self, generation: Generation) -> None:
         """Submit a generation; called by its ``async with``."""
         request = generation.request
+        sparse = self.sizes.sparse and request.attention != "dense"
+        namespace = (SPARSE if sparse else DENSE) + request.namespace
         grammar = self.compiler.submit(request.grammar) if request.grammar is not None else None
         if grammar is not None:
             grammar.add_done_callback(lambda _: self._command(lambda: None))
 
         def submit() -> None:
             try:
-                sequence = self._scheduler.submit(generation.rid, request.ids, request.namespace, request.targets)
+                sequence = self._scheduler.submit(generation.rid, request.ids, namespace, request.targets)
                 room = self.sizes.context - len(request.ids)
                 self._live[generation.rid] = Live(generation, sequence, self.vocab, grammar, room)
             except Exception as error:

@@ -86,7 +86,7 @@ class InvariantRunner(TorchRunner):
             at = 0
             while at < entry.rows:
                 n = min(room, entry.rows - at)
-                piece.append(_cut(entry, at, at + n))
+                piece.append(entry.cut(at, at + n))
                 at, room, left = at + n, room - n, left - n
                 if not room and left:
                     yield piece
@@ -163,13 +163,6 @@ def _attention(model: Model, pages: int, page_size: int, running: int) -> Attent
     )
     shape = Shape(c.heads, c.kv_heads, c.head_dim, page_size, pages)
     return AttentionPlan(shape, capacity, model.device, processors(model.device), chunk=_CHUNK)
-
-
-def _cut(entry: Entry, first: int, stop: int) -> Entry:
-    """Rows ``first`` to ``stop`` of an entry."""
-    n = max(0, min(entry.n, stop) - first)
-    draft = entry.draft[max(0, first - entry.n) : max(0, stop - entry.n)]
-    return entry._replace(start=entry.start + first, n=n, sample=False, scored=0, draft=draft)
 
 
 def _probing(page: int, runner: TorchRunner) -> Entry:

@@ -7,6 +7,7 @@ import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from agentkit.runtime.errors import CapacityError, ModelError
 from agentkit.runtime.invariant import InvariantRunner
 from agentkit.runtime.model import Model
 from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.sparse import Sparse, SparseRunner
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
 
@@ -43,6 +45,8 @@ class Options:
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
+        attention: ``sparse`` computes long prompts faster and less exactly; a `Request` can still ask for ``dense``.
+        sparse: what rows of a prompt see then.
         invariant: give a sequence the same logits, bit for bit, whatever runs beside it, however its prompt is cut, and
             whatever is cached, drafts and preemptions included; for replay and tests. It takes longer.
         drafts: guess what is copied from the context and verify several tokens in one step where that pays. What
@@ -58,6 +62,8 @@ class Options:
     step_tokens: int = 512
     running: int = 64
     drafts: bool = True
+    attention: Literal["dense", "sparse"] = "dense"
+    sparse: Sparse = Sparse()
     invariant: bool = False
 
 
@@ -77,6 +83,10 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     name = name or str(path)
     if options.dtype != "auto" and options.dtype not in _DTYPES:
         raise ModelError(f"dtype {options.dtype!r} is not known; use auto, float32 or bfloat16")
+    if options.attention not in ("dense", "sparse"):
+        raise ModelError(f"attention {options.attention!r} is not known; use dense or sparse")
+    if options.invariant and options.attention == "sparse":
+        raise ModelError("invariant=True has no sparse attention: leave out one of the two")
     # Loading runs parallel loops. Had they run on the caller's thread, its team of OpenMP threads would live on beside
     # the engine's, and with more threads than cores libgomp lets them sleep between loops instead of spinning: a decode
     # step then takes twice as long (`bench/decode.py`). A thread that ends takes its team with it.
@@ -119,8 +129,11 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         step_tokens=options.step_tokens,
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
+        sparse=options.attention == "sparse",
     )
     make = InvariantRunner if options.invariant else TorchRunner
+    if options.attention == "sparse":
+        make = partial(SparseRunner, sparse=options.sparse)
     runner = make(model, pages, page_size, options.step_tokens, options.running, vocab.size)
     return runner, vocab, sizes
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit.kernels.aligned import Aligned
-from agentkit.kernels.attention import Work, paged_attention
+from agentkit.kernels.attention import Parts, Work, paged_attention
 from agentkit.kernels.cache import HeadNorms, rotate_and_write
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.linear import (
@@ -34,8 +34,11 @@ from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import BlockKind, Quantised, from_blocks, quant_linear
 from agentkit.kernels.rope import angles
 from agentkit.kernels.silu import silu_mul
+from agentkit.kernels.windowed import Windowed
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
+
+Attention = Sequence[Work] | Layout | Aligned | Windowed | Plan | Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,15 @@ class Batch:
         slots: ``[t]`` int64, where each token's key and value are written.
         work: which rows attend to which slots.
         sampled: ``[r]`` int64, the rows whose logits are wanted.
+        upper: a layer, and the work from it on; None where it is the same for all.
     """
 
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    work: Sequence[Work] | Layout | Aligned | Plan
+    work: Attention
     sampled: Tensor
+    upper: tuple[int, Attention] | None = None
 
 
 class Linear:
@@ -190,8 +195,11 @@ class Model:
         stream = F.embedding(batch.ids, self.embedding)
         x = rms_norm(stream, self.layers[0].attention_norm, eps)
         following = [*(layer.attention_norm for layer in self.layers[1:]), None]
-        for layer, cache, norm in zip(self.layers, kv, following, strict=True):
-            x = self._attention(layer, x, cos, sin, batch, cache)
+        work = batch.work
+        for index, (layer, cache, norm) in enumerate(zip(self.layers, kv, following, strict=True)):
+            if batch.upper is not None and index == batch.upper[0]:
+                work = batch.upper[1]
+            x = self._attention(layer, x, cos, sin, batch.slots, work, cache)
             x = add_rms_norm(x, stream, layer.mlp_norm, eps)
             x = layer.down(silu_mul(layer.gate_up(x)))
             if norm is not None:
@@ -202,11 +210,13 @@ class Model:
         """Logits of some rows of `hidden`: ``[r, vocab_size]`` fp32."""
         return self.head(rms_norm(hidden, self.norm, self.config.norm_eps))
 
-    def _attention(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: Tensor) -> Tensor:
+    def _attention(
+        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, work: Attention, cache: Tensor
+    ) -> Tensor:
         c = self.config
         heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
-        query = rotate_and_write(heads, cos, sin, batch.slots, cache, layer.head_norms)
-        y = paged_attention(query, cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
+        query = rotate_and_write(heads, cos, sin, slots, cache, layer.head_norms)
+        y = paged_attention(query, cache[:, 0], cache[:, 1], work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))
 
 

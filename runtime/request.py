@@ -64,6 +64,8 @@ class Request:
         stop: texts that end the output.
         ignore_end: go on after an end token (for benchmarks).
         namespace: requests of different namespaces never share pages.
+        attention: ``sparse`` for sparse prefill (`agentkit.runtime.sparse`), which never shares pages with ``dense``;
+            None for what the engine was loaded with.
         targets: of the prompt, whose log-probabilities are wanted: then nothing is generated, and they come with
             `Finish`.
     """
@@ -75,6 +77,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     namespace: str = ""
+    attention: Literal["dense", "sparse"] | None = None
     targets: Targets | None = None
 
     def __post_init__(self) -> None:

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.radix import Node
 
+#: How the namespaces of sequences begin whose KV is computed with sparse attention, and those of the others.
+SPARSE, DENSE = "sparse:", "dense:"
+
 
 class State(Enum):
     """Where a sequence is. FINISHED covers aborted and failed ones."""
@@ -67,6 +70,11 @@ class Sequence:
         """Leading ids that need not be computed where their KV is at hand: behind them rows are wanted."""
         last = len(self.ids) - 1
         return last if self.targets is None else min(last, max(self.targets.first, self.reached))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its KV is that of sparse attention."""
+        return self.namespace.startswith(SPARSE)
 
     @property
     def remaining(self) -> int:
@@ -137,6 +145,12 @@ class Entry(NamedTuple):  # one is made for each sequence in each step: a third 
             return ()
         end = self.start + self.n - self.seq.targets.first
         return self.seq.targets.tokens[end - self.scored : end]
+
+    def cut(self, first: int, stop: int) -> Entry:
+        """Its rows ``first`` to ``stop``, none of them sampled or scored."""
+        n = max(0, min(self.n, stop) - first)
+        draft = self.draft[max(0, first - self.n) : max(0, stop - self.n)]
+        return Entry(self.seq, self.start + first, n, False, draft=draft)
 
     @property
     def rows(self) -> int:

@@ -256,6 +256,7 @@ def test_the_plan_of_a_gpu_gives_the_same_bits(folder: Path, monkeypatch: pytest
 
     (whole,) = step(Entry(sequence(50, 0), 0, 50, True))
     cut = sequence(46, 10)
+    cut.add_page(13)  # for the draft
     step(Entry(cut, 0, 31, False))
     draft = tuple(sequence(50, 0).ids[46:])
     beside = step(Entry(sequence(5, 30), 0, 5, True), Entry(cut, 31, 15, True, draft=draft))
