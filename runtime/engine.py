@@ -25,6 +25,7 @@ from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
 from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
+from agentkit.runtime.pins import Pin
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
 from agentkit.runtime.request import Chunk, Finish, Request, Usage
@@ -283,6 +284,21 @@ class Engine:
     def preempt(self, rid: int) -> None:
         """Take a running request's pages back; it continues later and loses nothing it has emitted."""
         self._command(lambda: self._scheduler.preempt(rid) if rid in self._live else None)
+
+    def pin(self, ids: Sequence[int], *, namespace: str = "") -> Pin:
+        """Evict what is now cached of ``ids``, their partly filled last page included, only when nothing else is left.
+
+        A hint, not a reservation: nobody ever waits or fails because of a pin. Pins count by reference, so pages that
+        several of them hold are pinned until the last is closed.
+
+        Args:
+            ids: of a conversation, such as one that waits for its tools.
+            namespace: as of a `Request`.
+
+        Returns:
+            To be closed, as by ``with engine.pin(ids): ...``.
+        """
+        return Pin(self._tree, self._command, ids, namespace)
 
     def stats(self) -> Stats:
         """Read by the engine's thread between two steps."""

@@ -451,7 +451,7 @@ class Scheduler:
         error = CapacityError(
             f"request {seq.rid} with {len(seq.ids)} ids needs {self._pages(len(seq.ids))} pages of "
             f"{self.page_size} tokens; of {self.pool.total}, {self.pool.free} are free, {self.pool.tree} are "
-            "cached, none can be evicted; shorten it, unpin sessions, or give the KV cache more memory"
+            "cached, none can be evicted; shorten it, or give the KV cache more memory"
         )
         self.finish(seq.rid)
         plan.failed.append((seq.rid, error))
@@ -482,10 +482,10 @@ class Scheduler:
         ]
         return f"{self.stats()} budget={self.token_budget} [{'; '.join(rows)}]"
 
-    def check(self, pins: Iterable[Node] = ()) -> None:
-        """Raise `Corruption` unless every page and lock is accounted for; ``pins``: nodes others locked."""
+    def check(self) -> None:
+        """Raise `Corruption` unless every page and lock is accounted for."""
         holders = (*self._running.values(), *self._leaving.values())
-        locks = Counter([*pins, *self._tails, *(seq.node for seq in holders if seq.node is not None)])
+        locks = Counter([*self._tails, *(seq.node for seq in holders if seq.node is not None)])
         self.pool.check()
         self.tree.check(locks)
         private = [page for seq in holders for page in seq.private]

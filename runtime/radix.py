@@ -7,9 +7,11 @@ everybody who matched it.
 from __future__ import annotations
 
 import heapq
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from agentkit.runtime.pages import Corruption, Owner, PagePool
 
@@ -36,7 +38,8 @@ class Node:
     used: int
     locks: int = 0
     alive: bool = True
-    queued: bool = False  # the eviction heap holds an entry for this node
+    pins: set[Hold] = field(default_factory=set["Hold"])  # of the paths that end here
+    queued: Leaf | None = None  # the one entry of the eviction heaps that counts for this node
     children: dict[tuple[int, ...], Node] = field(default_factory=dict[tuple[int, ...], "Node"])
     order: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])  # the children's ids, sorted
 
@@ -48,6 +51,22 @@ class Node:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """A pinned path, by its deepest node. It moves up when that is evicted all the same; None: nothing is left."""
+
+    node: Node | None
+
+
+class Leaf(NamedTuple):
+    """An entry of an eviction heap: out of date unless its node refers to it."""
+
+    used: int
+    serial: int  # no two are equal, so nodes are never compared
+    node: Node
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +93,8 @@ class PrefixTree:
 
     What must not be mixed (model, adapter, salt, KV dtype) belongs in the namespace: roots share nothing.
     Only the deepest node of a sequence is locked, since a node with children is never evicted. Whoever calls
-    `match` locks what it keeps before anything else can evict.
+    `match` locks what it keeps before anything else can evict. A pin is weaker than a lock: the leaves of pinned
+    paths are evicted like others, but only when no other leaf is left, so nothing ever waits for a pin.
     """
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
@@ -84,7 +104,8 @@ class PrefixTree:
         self.page_size = page_size
         self._roots: dict[str, Node] = {}
         self._clock = 0
-        self._heap: list[tuple[int, int, Node]] = []  # (used, page, node), at most one entry per node
+        self._serials = itertools.count()
+        self._leaves: tuple[list[Leaf], list[Leaf]] = ([], [])  # heaps: leaves that nobody pins, pinned ones
 
     def match(self, namespace: str, ids: Sequence[int], limit: int) -> Match:
         """Find the longest cached prefix of ``ids[:limit]`` and mark it as just used.
@@ -124,6 +145,27 @@ class PrefixTree:
         node.used = self._tick()
         self._offer(node)
 
+    def pin(self, namespace: str, ids: Sequence[int]) -> Hold:
+        """Evict what is cached of ``ids`` only after all that is not pinned, until `unpin`.
+
+        The pages of this moment are meant, a partial one at the end included; what replaces that one by more of
+        the same ids is pinned in its place.
+        """
+        match = self.match(namespace, ids, len(ids))
+        node = match.tail.node if match.tail is not None else match.node
+        hold = Hold(None)
+        self._hold(hold, node)
+        self._offer(match.node)  # a root that has just been made for nothing is forgotten
+        return hold
+
+    def unpin(self, hold: Hold) -> None:
+        """Undo one `pin`; a second time does nothing. What it held counts as just used."""
+        node, hold.node = hold.node, None
+        if node is not None:
+            node.pins.remove(hold)
+            node.used = self._tick()
+            self._offer(node)
+
     def insert(self, namespace: str, node: Node | None, ids: Sequence[int], page: int) -> tuple[Node, bool]:
         """Publish one full page whose KV has been computed, below ``node`` (None: below the namespace's
         root).
@@ -162,16 +204,20 @@ class PrefixTree:
         return True
 
     def evict(self, n: int) -> int:
-        """Free up to ``n`` pages, least recently used unlocked leaves first; returns how many."""
+        """Free up to ``n`` pages of unlocked leaves, least recently used first, pinned ones last; returns how many."""
         freed = 0
-        while freed < n and self._heap:
-            used, _, node = heapq.heappop(self._heap)
-            node.queued = False
-            if used != node.used:
-                self._offer(node)
-            elif _evictable(node):
-                self._remove(node)
-                freed += 1
+        for leaves in self._leaves:
+            while freed < n and leaves:
+                leaf = heapq.heappop(leaves)
+                node = leaf.node
+                if node.queued is not leaf:
+                    continue
+                node.queued = None
+                if leaf.used != node.used:
+                    self._offer(node)
+                elif _evictable(node):
+                    self._remove(node)
+                    freed += 1
         return freed
 
     def nodes(self) -> Iterator[Node]:
@@ -212,8 +258,10 @@ class PrefixTree:
             raise Corruption(f"{where} is {self.pool.owner(node.page).name}, not TREE")
         if not full and (node.children or not node.ids):
             raise Corruption(f"{where} is partial and has children, or has no ids")
-        if _evictable(node) and not node.queued:
-            raise Corruption(f"{where} can be evicted, but the eviction heap does not know it")
+        if any(hold.node is not node for hold in node.pins):
+            raise Corruption(f"{where} has pins that are elsewhere")
+        if _evictable(node) and (node.queued is None or node.queued.pinned != bool(node.pins)):
+            raise Corruption(f"{where} can be evicted, but its eviction heap does not know it")
 
     def _root(self, namespace: str) -> Node:
         root = self._roots.get(namespace)
@@ -241,14 +289,27 @@ class PrefixTree:
         for length in range(1, len(key)):
             child = parent.children.get(key[:length])
             if child is not None and not child.locks:
+                for hold in list(child.pins):
+                    self._hold(hold, parent.children[key])
                 self._remove(child)
+
+    def _hold(self, hold: Hold, node: Node) -> None:
+        """Make a hold that of the path to ``node``; a root has no page to hold."""
+        if hold.node is not None:
+            hold.node.pins.remove(hold)
+        hold.node = node if node.parent is not None else None
+        if hold.node is not None:
+            node.pins.add(hold)
+            self._offer(node)
 
     def _remove(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
+        for hold in list(node.pins):
+            self._hold(hold, parent)
         del parent.children[node.ids]
         del parent.order[bisect_left(parent.order, node.ids)]
-        node.alive = False
+        node.alive, node.queued = False, None
         self.pool.release(node.page)
         parent.used = max(parent.used, node.used)  # a prefix is in use whenever what follows it is
         self._offer(parent)
@@ -260,12 +321,13 @@ class PrefixTree:
         if node.parent is None:
             node.alive = False
             del self._roots[node.namespace]
-        elif not node.queued:
-            node.queued = True
-            heapq.heappush(self._heap, (node.used, node.page, node))
-            if len(self._heap) > 2 * self.pool.tree + 64:  # mostly pages dropped without an eviction
-                self._heap = [entry for entry in self._heap if entry[2].alive]
-                heapq.heapify(self._heap)
+        elif node.queued is None or node.queued.pinned != bool(node.pins):
+            leaves = self._leaves[bool(node.pins)]
+            node.queued = Leaf(node.used, next(self._serials), node, bool(node.pins))
+            heapq.heappush(leaves, node.queued)
+            if len(leaves) > 2 * self.pool.tree + 64:  # mostly out of date: dropped, or pinned and unpinned since
+                leaves[:] = [leaf for leaf in leaves if leaf.node.queued is leaf]
+                heapq.heapify(leaves)
 
 
 def _evictable(node: Node) -> bool:

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.pages import Owner, PagePool
 from agentkit.runtime.plan import Scheduler
-from agentkit.runtime.radix import Node, PrefixTree, common_prefix
+from agentkit.runtime.radix import Hold, Node, PrefixTree, common_prefix
 from agentkit.runtime.sequence import Entry, Plan, Sequence, State, Targets
 
 Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
@@ -45,6 +45,23 @@ class Write:
     start: int
 
 
+class Watched(PrefixTree):
+    """Sees to it that what is pinned goes last."""
+
+    holds: list[Hold]
+
+    def evict(self, n: int) -> int:
+        held = self._held()
+        freed = super().evict(n)
+        if any(not node.alive for node in held):  # then nothing else was left that could go
+            left = (node for node in self.nodes() if node.parent is not None and not (node.locks or node.children))
+            assert set(left) <= self._held()
+        return freed
+
+    def _held(self) -> set[Node]:
+        return {part for hold in self.holds if hold.node is not None for part in hold.node.path()}
+
+
 class Recording(Scheduler):
     """Remembers who was ever preempted, by the caller or for want of pages."""
 
@@ -65,14 +82,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def build(self, total: int, page_size: int, max_running: int, extra: int) -> None:
         self.page_size, self.max_context = page_size, 40
         self.pool = PagePool(total)
-        self.tree = PrefixTree(self.pool, page_size)
+        self.tree = Watched(self.pool, page_size)
+        self.tree.holds = self.pins = []
         budget = max_running + extra
         self.scheduler = Recording(self.pool, self.tree, page_size, budget, max_running, self.max_context)
         self.scheduler.preempted = set()
         self.kv: dict[int, dict[int, Slot]] = defaultdict(dict)
         self.live: dict[int, Sequence] = {}
         self.past: list[tuple[str, list[int]]] = [("", [0])]
-        self.pins: list[Node] = []
         self.plan: Plan | None = None
         self.writes: list[Write] = []
         self.reached: dict[int, int] = {}  # rid -> where its next entry must start
@@ -131,18 +148,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.abort(seq.rid)
         self._end(seq)  # finish after abort must change nothing
 
-    @precondition(lambda self: len(self.pins) < 2)
+    @precondition(lambda self: len(self.pins) < 3)
     @rule(pick=picks)
     def pin(self, pick: int) -> None:
         namespace, ids = self.past[pick % len(self.past)]
-        match = self.tree.match(namespace, ids, len(ids))
-        self.tree.lock(match.node)
-        self.pins.append(match.node)
+        self.pins.append(self.tree.pin(namespace, ids))
 
     @precondition(lambda self: self.pins)
-    @rule()
-    def unpin(self) -> None:
-        self.tree.unlock(self.pins.pop())
+    @rule(pick=picks)
+    def unpin(self, pick: int) -> None:
+        self.tree.unpin(self.pins.pop(pick % len(self.pins)))
 
     @precondition(lambda self: self.plan is None)
     @rule(drafts=guesses)
@@ -192,7 +207,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def accounts_are_exact(self) -> None:
         if not hasattr(self, "pool"):
             return
-        self.scheduler.check(self.pins)
+        self.scheduler.check()
         for page in range(self.pool.total):
             if self.pool.owner(page) == Owner.FREE:
                 self.kv[page] = {}
@@ -205,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.plan is not None:
             self._end_step()
         while self.pins:
-            self.unpin()
+            self.tree.unpin(self.pins.pop())
         self._drain()
         self.accounts_are_exact()
         assert self.pool.private == 0
@@ -313,9 +328,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert seq.prefilled <= seq.prompt
 
     def _check_failure(self, seq: Sequence, error: CapacityError) -> None:
-        pinned = {node.page for pin in self.pins for node in pin.path()}
-        pages = -(-len(seq.ids) // self.page_size)
-        assert pages > self.pool.total - len(pinned)
+        assert -(-len(seq.ids) // self.page_size) > self.pool.total
         assert str(seq.rid) in str(error)
 
     def _check_node(self, node: Node) -> None:
