@@ -340,5 +340,5 @@ class Loop(Generic[Out]):
             usage=self.usage,
             calls=tuple(self.records),
             seconds=time.monotonic() - self.meter.started,
-            session=Session(self.transcript, self.job.engine.name),
+            session=Session(self.transcript, self.job.engine),
         )

@@ -23,6 +23,7 @@ from agentkit.kernels.sample import Rows, sample
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
+from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
 from agentkit.runtime.pins import Pin
@@ -32,6 +33,7 @@ from agentkit.runtime.request import Chunk, Finish, Request, Usage
 from agentkit.runtime.runner import Runner
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
 from agentkit.runtime.sequence import Plan, State
+from agentkit.runtime.transfer import Export, Import
 from agentkit.runtime.vocab import Vocabulary
 
 T = TypeVar("T")
@@ -299,6 +301,23 @@ class Engine:
             To be closed, as by ``with engine.pin(ids): ...``.
         """
         return Pin(self._tree, self._command, ids, namespace)
+
+    def cached(self, ids: Sequence[int], *, namespace: str = "") -> int:
+        """How many of ``ids``, from the first one on, are cached now."""
+        return self._ask(lambda: self._tree.look(namespace, ids).reach)
+
+    def exporter(self, ids: Sequence[int], *, namespace: str = "") -> Export:
+        """Read the KV that is cached of ``ids``; for a model that has `Runner.memory`."""
+        return Export(self._ask, self._tree, self._kv(), ids, namespace)
+
+    def importer(self, ids: Sequence[int], *, namespace: str = "") -> Import:
+        """Give the engine KV of ``ids``; for a model that has `Runner.memory`."""
+        return Import(self._ask, self._tree, self._kv(), ids, namespace)
+
+    def _kv(self) -> PagedKV:
+        if self.runner.memory is None:
+            raise EngineError(f"{self.name} has no KV to read or write")
+        return self.runner.memory
 
     def stats(self) -> Stats:
         """Read by the engine's thread between two steps."""

@@ -86,6 +86,15 @@ class Match:
     n_tokens: int
     tail: Tail | None
 
+    @property
+    def reach(self) -> int:
+        """Ids that are cached, those counted that only a tail holds."""
+        return self.n_tokens + (self.tail.n if self.tail is not None else 0)
+
+    def nodes(self) -> list[Node]:
+        """Whose pages hold them, in order."""
+        return [*self.node.path(), *([self.tail.node] if self.tail is not None else [])]
+
 
 class PrefixTree:
     """A radix tree over full pages, one root per namespace, with least-recently-used eviction of unlocked
@@ -131,6 +140,12 @@ class PrefixTree:
             tail.node.used = self._tick()
         return Match(node, pages, start, tail)
 
+    def look(self, namespace: str, ids: Sequence[int]) -> Match:
+        """`match` all ids, for those who lock nothing and publish nothing below."""
+        match = self.match(namespace, ids, len(ids))
+        self._offer(match.node)  # a root that has just been made for nothing is forgotten
+        return match
+
     def lock(self, node: Node) -> None:
         """Keep ``node`` and its ancestors from eviction until a matching `unlock`."""
         if not node.alive:
@@ -151,11 +166,9 @@ class PrefixTree:
         The pages of this moment are meant, a partial one at the end included; what replaces that one by more of
         the same ids is pinned in its place.
         """
-        match = self.match(namespace, ids, len(ids))
-        node = match.tail.node if match.tail is not None else match.node
+        match = self.look(namespace, ids)
         hold = Hold(None)
-        self._hold(hold, node)
-        self._offer(match.node)  # a root that has just been made for nothing is forgotten
+        self._hold(hold, match.tail.node if match.tail is not None else match.node)
         return hold
 
     def unpin(self, hold: Hold) -> None:

@@ -22,6 +22,7 @@ from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
+from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
@@ -55,6 +56,16 @@ class Runner(Protocol):
         """Bytes of weights one decode step reads; 0 where there is no model."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Identity of the weights."""
+        ...
+
+    @property
+    def memory(self) -> PagedKV | None:
+        """The KV, to be moved elsewhere; None where there is none."""
+        ...
+
     def step(self, plan: Plan) -> Output:
         """Execute a plan."""
         ...
@@ -80,6 +91,7 @@ class TorchRunner:
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
         )
+        self._memory = PagedKV(model, self.kv, page_size)
         self._attention = None
         if model.device.type == "cuda":
             c = model.config
@@ -95,6 +107,14 @@ class TorchRunner:
     @property
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
+
+    @property
+    def digest(self) -> str:
+        return self.model.digest
+
+    @property
+    def memory(self) -> PagedKV:
+        return self._memory
 
     def step(self, plan: Plan) -> Output:
         for copy in plan.copies:  # one by one: the target of one may be the source of the next
