@@ -23,6 +23,7 @@ from agentkit.kernels.sample import Rows, sample
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
+from agentkit.runtime.host import HostPool
 from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.live import Live
 from agentkit.runtime.pages import PagePool
@@ -56,6 +57,7 @@ class Sizes:
         step_tokens: most tokens computed in one step; longer prompts are prefilled in chunks of it.
         running: most sequences in one step.
         drafts: most guesses at what follows that one sequence has verified in one step; 0 for none.
+        host_pages: pages in the host's memory for those that are evicted from the pool; 0 forgets them.
     """
 
     context: int
@@ -64,6 +66,7 @@ class Sizes:
     step_tokens: int = 512
     running: int = 64
     drafts: int = 0
+    host_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Stats:
         pages_free: pages nobody holds.
         pages_cached: pages in the prefix tree.
         pages_private: pages of running sequences.
+        pages_host: pages that have been evicted to the host's memory.
         steps: steps run so far.
         computed: tokens sent through the model so far.
     """
@@ -85,6 +89,7 @@ class Stats:
     pages_free: int
     pages_cached: int
     pages_private: int
+    pages_host: int
     steps: int
     computed: int
 
@@ -104,7 +109,7 @@ class Engine:
         self.compiler = GrammarCompiler(vocab, runner.vocab_size)
         self.runner = runner
         self._pool = PagePool(sizes.pages)
-        self._tree = PrefixTree(self._pool, sizes.page_size)
+        self._tree = PrefixTree(self._pool, sizes.page_size, HostPool(sizes.host_pages))
         self._scheduler = Scheduler(
             self._pool, self._tree, sizes.page_size, sizes.step_tokens, sizes.running, sizes.context
         )
@@ -553,7 +558,7 @@ class Engine:
     def _stats(self) -> Stats:
         s = self._scheduler.stats()
         pool = self._pool
-        return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, self._steps, self._computed)
+        return Stats(s.running, s.waiting, pool.free, pool.tree, pool.private, s.host, self._steps, self._computed)
 
 
 def _split(rows: Tensor, lives: Sequence[Live]) -> Sequence[Tensor]:

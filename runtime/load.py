@@ -37,6 +37,8 @@ class Options:
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
             GPU: nine tenths of it).
+        host_kv_bytes: memory of the host for KV pages that are evicted from the pool; they come back by a copy, not
+            by being computed again. 0 forgets them. On a GPU it is pinned.
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
@@ -49,6 +51,7 @@ class Options:
     packed: bool = True
     context: int | None = None
     kv_bytes: int | None = None
+    host_kv_bytes: int = 0
     page_size: int | None = None
     step_tokens: int = 512
     running: int = 64
@@ -107,8 +110,9 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         step_tokens=options.step_tokens,
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
+        host_pages=options.host_kv_bytes // (token_bytes * page_size),
     )
-    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size)
+    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size, sizes.host_pages)
     return runner, vocab, sizes
 
 

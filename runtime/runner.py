@@ -81,17 +81,25 @@ class TorchRunner:
         step_tokens: most tokens in one step.
         running: most sequences in one step.
         tokens: ids below this are tokens, the others pad the model's table; all by default.
+        host_pages: pages in the host's memory for those that the pool has no room for.
     """
 
     def __init__(
-        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+        self,
+        model: Model,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        running: int,
+        tokens: int | None = None,
+        host_pages: int = 0,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
         )
-        self._memory = PagedKV(model, self.kv, page_size)
+        self._memory = PagedKV(model, self.kv, page_size, host_pages)
         self._attention = None
         if model.device.type == "cuda":
             c = model.config
@@ -117,6 +125,8 @@ class TorchRunner:
         return self._memory
 
     def step(self, plan: Plan) -> Output:
+        self._memory.spill(plan.spills)
+        self._memory.restore(plan.restores)
         for copy in plan.copies:  # one by one: the target of one may be the source of the next
             copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
         batch = self._batch(plan)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from agentkit.runtime.kv import PagedKV
-from agentkit.runtime.radix import PrefixTree
+from agentkit.runtime.radix import Node, PrefixTree
 
 T = TypeVar("T")
 
@@ -17,6 +18,16 @@ class Ask(Protocol):
     """Runs something on the engine's thread and waits for its result. EngineError if the engine has closed."""
 
     def __call__(self, question: Callable[[], T]) -> T: ...
+
+
+def settle(tree: PrefixTree, kv: PagedKV) -> None:
+    """Copy to the host what evictions have asked for; before anything is written to the pages that they have freed."""
+    spills = tree.take_spills()
+    try:
+        kv.spill(spills)
+    except BaseException:
+        tree.forget(spills)
+        raise
 
 
 class Export:
@@ -32,7 +43,7 @@ class Export:
     """
 
     def __init__(self, ask: Ask, tree: PrefixTree, kv: PagedKV, ids: Sequence[int], namespace: str) -> None:
-        self._ask, self._kv = ask, kv
+        self._ask, self._tree, self._kv = ask, tree, kv
         match = ask(lambda: tree.look(namespace, ids))
         self._nodes, self.tokens = match.nodes(), match.reach
 
@@ -47,10 +58,20 @@ class Export:
     def _read(self, first: int, count: int) -> Tensor:
         nodes = self._nodes[first : first + count]
         alive = next((i for i, node in enumerate(nodes) if not node.alive), len(nodes))
-        blocks = self._kv.read([node.page for node in nodes[:alive]])
+        blocks = self._blocks(nodes[:alive])
         if alive and first + alive == len(self._nodes):
             blocks[-1, :, self.tokens - (len(self._nodes) - 1) * self._kv.format.page_size :] = 0
         return blocks
+
+    def _blocks(self, nodes: Sequence[Node]) -> Tensor:
+        """Their pages, from wherever they are."""
+        on_host = next((i for i, node in enumerate(nodes) if node.slot is not None), len(nodes))
+        blocks = self._kv.read([node.page for node in nodes[:on_host]])
+        if on_host == len(nodes):
+            return blocks
+        settle(self._tree, self._kv)
+        below = self._kv.read_host([node.slot for node in nodes[on_host:] if node.slot is not None])
+        return torch.cat([blocks, below])
 
 
 class Import:
@@ -86,12 +107,13 @@ class Import:
         node, tree, size = self._node, self._tree, self._tree.page_size
         if node.parent is None:  # a root without children is forgotten
             node = tree.match(self._namespace, (), 0).node
-        if not node.alive:
+        if not node.alive or node.slot is not None:
             return False
         tree.lock(node)
         locked = node
         pages = self._take(len(blocks))
         try:
+            settle(tree, self._kv)
             self._kv.write(pages, blocks[: len(pages)])
             while pages:
                 part = self._ids[self.tokens : min(self.tokens + size, tokens)]
