@@ -290,6 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (ours.running, ours.waiting, ours.tree) == (its.running, its.waiting, its.tree)
         assert sum(entry.rows for entry in plan.entries) <= self.scheduler.token_budget
         assert len(plan.entries) <= self.scheduler.max_running
+        assert plan.entries or not (plan.spills or plan.restores or plan.copies)  # it will not run
         assert len({entry.seq.rid for entry in plan.entries}) == len(plan.entries)
         for rid, error in plan.failed:
             self._check_failure(self.live.pop(rid), error)
