@@ -97,6 +97,12 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
             f"{token_bytes * page_size:,} bytes for {name}: raise it"
         )
+    host_pages = options.host_kv_bytes // (token_bytes * page_size)
+    if options.host_kv_bytes and host_pages < 1:
+        raise CapacityError(
+            f"host_kv_bytes is {options.host_kv_bytes:,}, but one page of {page_size} tokens takes "
+            f"{token_bytes * page_size:,} bytes for {name}: raise it, or leave it at 0"
+        )
     limit = min(config.max_positions, pages * page_size)
     if options.context is not None and options.context > limit:
         raise CapacityError(
@@ -110,7 +116,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         step_tokens=options.step_tokens,
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
-        host_pages=options.host_kv_bytes // (token_bytes * page_size),
+        host_pages=host_pages,
     )
     runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size, sizes.host_pages)
     return runner, vocab, sizes

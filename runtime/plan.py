@@ -75,7 +75,7 @@ class Scheduler:
         self._arrivals = 0
         self._step: Plan | None = None
         self._leaving: dict[int, Sequence] = {}  # to be released when the step in flight completes
-        self._sources: list[Node] = []  # locked because the step in flight copies from them
+        self._tails: list[Node] = []  # locked because the step in flight copies from them
 
     # --- requests
 
@@ -246,9 +246,9 @@ class Scheduler:
 
     def _unfence(self) -> None:
         """Release what was kept for the step that has just ended."""
-        for node in self._sources:
+        for node in self._tails:
             self.tree.unlock(node)
-        self._sources.clear()
+        self._tails.clear()
         leaving, self._leaving = self._leaving, {}
         for seq in leaving.values():
             self._release(seq)
@@ -342,7 +342,7 @@ class Scheduler:
             return 0
         self._start(seq, match, back + copied)
         self._extend(seq, n)
-        self._sources += sources
+        self._tails += sources
         places = iter(seq.pages[len(match.pages) :])
         plan.restores.extend(_restore(node, next(places)) for node in match.host)
         if leaf is not None and leaf.slot is not None:
@@ -500,7 +500,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise `Corruption` unless every page and lock is accounted for."""
         holders = (*self._running.values(), *self._leaving.values())
-        locks = Counter([*self._sources, *(seq.node for seq in holders if seq.node is not None)])
+        locks = Counter([*self._tails, *(seq.node for seq in holders if seq.node is not None)])
         self.pool.check()
         self.tree.check(locks)
         private = [page for seq in holders for page in seq.private]

@@ -18,8 +18,8 @@ from agentkit.runtime.host import HostPool
 from agentkit.runtime.pages import Corruption, Owner, PagePool
 
 _NO_PAGE = -1
-#: The heaps of leaves: on the device those that nobody pins, then the pinned ones, and those on the host.
-_PINNED, _HOST = 1, 2
+#: The heaps of leaves: on the device those that nobody pins and the pinned ones, and those on the host.
+_PLAIN, _PINNED, _HOST = range(3)
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
@@ -258,7 +258,7 @@ class PrefixTree:
         Where the host has room for them, they are copied there: see `take_spills`.
         """
         freed = 0
-        while freed < n and (node := self._next(0) or self._next(_PINNED)) is not None:
+        while freed < n and (node := self._next(_PLAIN) or self._next(_PINNED)) is not None:
             slot = self._make_room()
             if slot is None:
                 self._remove(node)
@@ -485,7 +485,9 @@ def _heap(node: Node) -> int | None:
     """The heap that a node belongs to as a leaf; None if it must not be evicted."""
     if not node.alive or node.locks or node.resident or (node.slot is not None and node.children):
         return None
-    return _HOST if node.slot is not None else _PINNED * bool(node.pins)
+    if node.slot is not None:
+        return _HOST
+    return _PINNED if node.pins else _PLAIN
 
 
 def _longest_tail(node: Node, rest: tuple[int, ...]) -> Tail | None:

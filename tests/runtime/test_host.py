@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentkit.runtime.engine import Engine
-from agentkit.runtime.errors import EngineError
+from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.host import HostPool
 from agentkit.runtime.pages import Corruption, Owner, PagePool
@@ -278,6 +278,12 @@ async def test_a_file_makes_room_on_the_device_and_loses_nothing(folder: Path, e
     with tiny.engine(folder) as other, Stored(tmp_path / "b") as stored:
         assert stored.restore(other) == (110, "")
         assert (await run(other, [*MINE, *mine.ids, 5])).finish.usage.prefilled == 1
+
+
+@pytest.mark.parametrize("size", [PAGE - 1, -PAGE])
+def test_room_for_less_than_a_page_is_refused(folder: Path, size: int) -> None:
+    with pytest.raises(CapacityError, match="raise it, or leave it at 0"), tiny.engine(folder, host_kv_bytes=size):
+        pass
 
 
 async def test_eight_forks_of_a_prefix_cost_their_tails_and_nothing_more(folder: Path) -> None:
