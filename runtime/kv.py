@@ -72,7 +72,9 @@ class PagedKV:
         self.block_shape = (c.layers, page_size, 2, c.kv_heads, c.head_dim)
         self._kv, self._page_size = kv, page_size
         self._on_gpu = kv.device.type == "cuda"
-        self._host = torch.zeros((host_pages, *self.block_shape), dtype=kv.dtype, pin_memory=self._on_gpu)
+        self._host = torch.zeros(
+            (host_pages, *self.block_shape), dtype=kv.dtype, pin_memory=self._on_gpu and host_pages > 0
+        )
 
     @property
     def block_bytes(self) -> int:
