@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from agentkit.loop import TurnFinished as TurnFinished
     from agentkit.output import OutputError as OutputError
     from agentkit.result import CallRecord as CallRecord
+    from agentkit.result import Restored as Restored
     from agentkit.result import RunResult as RunResult
     from agentkit.result import Session as Session
     from agentkit.runtime.errors import AgentError as AgentError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from agentkit.runtime.errors import EngineError as EngineError
     from agentkit.runtime.errors import ModelError as ModelError
     from agentkit.runtime.errors import SchemaError as SchemaError
+    from agentkit.runtime.errors import StoreError as StoreError
     from agentkit.runtime.load import Options as Options
     from agentkit.runtime.request import Sampling as Sampling
     from agentkit.runtime.request import Usage as Usage
@@ -65,8 +67,8 @@ _HOMES = {
     "loading": ["load"],
     "loop": ["Finished", "PrefillProgress", "ToolFinished", "TurnFinished"],
     "output": ["OutputError"],
-    "result": ["CallRecord", "RunResult", "Session"],
-    "runtime.errors": ["AgentError", "CapacityError", "EngineError", "ModelError", "SchemaError"],
+    "result": ["CallRecord", "Restored", "RunResult", "Session"],
+    "runtime.errors": ["AgentError", "CapacityError", "EngineError", "ModelError", "SchemaError", "StoreError"],
     "runtime.load": ["Options"],
     "runtime.request": ["Sampling", "Usage"],
     "script": ["call", "final", "reply", "scripted"],

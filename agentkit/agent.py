@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from agentkit.decision import C, Decision, decide, texts
 from agentkit.limits import Limits
 from agentkit.loop import Finished, Job, Loop, LoopEvent
-from agentkit.result import RunResult, Session
+from agentkit.result import Restored, RunResult, Session
 from agentkit.runtime.errors import AgentError
 from agentkit.runtime.request import Sampling
 from agentkit.template import ChatTemplate, Message, System, User
@@ -177,6 +177,38 @@ class Agent(Generic[Out]):
         transcript.append(*_messages(self, transcript, question))
         return await decide(loaded.engine, transcript.ids, said, abstain or 0.0)
 
+    async def restore(self, path: str | Path, *, kv: bool = True) -> Restored:
+        """Read a conversation that `Session.save` has written, to go on with ``agent.run(..., session=...)``.
+
+        Its ids are the conversation, and they must be of this model, this tokenizer and these tools. KV only saves
+        their prefill: where the file has none, or some of another dtype, page size or layout, or the page pool has no
+        room for all of it, what is missing is prefilled by the next run, and the result says so.
+
+        Args:
+            path: of the file.
+            kv: use the KV of the file. Turn it off for files that others may have made: a checksum tells damage, but
+                nobody can tell by looking whether KV is what the model computes, and the engine shares it between all
+                conversations that begin alike.
+
+        Raises:
+            StoreError: there is no such file, it is damaged, or of another model, tokenizer or other tools. The engine
+                is then as it was.
+        """
+        from agentkit.archive import unpack
+        from agentkit.runtime.store import Stored
+
+        loaded = await self.load()
+        tools = cast("Sequence[Tool[..., Any]]", self.tools)
+
+        def read() -> Restored:
+            with Stored(Path(path)) as stored:
+                stored.require(loaded.engine)
+                transcript = unpack(stored.note, stored.ids, loaded.template, tools, path)
+                cached, missing = stored.restore(loaded.engine, kv=kv)
+            return Restored(Session(transcript, loaded.engine), len(stored.ids), cached, missing)
+
+        return await anyio.to_thread.run_sync(read)
+
     async def load(self) -> LoadedModel:
         """Load the agent's model now rather than at its first run."""
         inside = override.get()
@@ -270,9 +302,9 @@ def _transcript(agent: Agent[Any], loaded: LoadedModel, session: Session | None)
     tools = cast("Sequence[Tool[..., Any]]", agent.tools)
     if session is None:
         return Transcript(loaded.template, tools)
-    if session.model != loaded.engine.name:
+    if session.engine.runner.digest != loaded.engine.runner.digest:
         raise AgentError(
-            f"the session is of {session.model}, this agent runs {loaded.engine.name}: "
+            f"the session is of {session.engine.name}, this agent runs {loaded.engine.name}: "
             "token ids of one model mean nothing to another"
         )
     if [t.name for t in session.transcript.tools] != [t.name for t in tools]:

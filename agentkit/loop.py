@@ -22,6 +22,7 @@ from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import GrammarSpec
+from agentkit.runtime.pins import Pin
 from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
@@ -141,9 +142,16 @@ class Loop(Generic[Out]):
         self.meter = Meter(job.limits, job.engine.sizes.context, transcript.ids, bool(job.tools))
         self.usage = Usage()
         self.records: list[CallRecord] = []
+        self._pin: Pin | None = None  # of a turn with calls, until the next turn has found its pages
 
     async def run(self, messages: Sequence[Message]) -> RunResult[Out]:
         """Append the messages and take turns until the model answers."""
+        try:
+            return await self._run(messages)
+        finally:
+            self._unpin()
+
+    async def _run(self, messages: Sequence[Message]) -> RunResult[Out]:
         self.transcript.append(*messages)
         retried = False
         while True:
@@ -215,6 +223,9 @@ class Loop(Generic[Out]):
                     await self._read(
                         generation, turn, tools.start_soon, self.meter.seconds_left if not reached else None
                     )
+                self._unpin()
+                if turn.calls:  # tools may run for long, and other requests meanwhile
+                    self._pin = self.job.engine.pin([*self.transcript.ids, *turn.ids])
             except AgentError as error:  # raised below: inside, it would come out as a group of exceptions
                 turn.unfinished = (
                     isinstance(error, CapacityError) and reached is None and self.meter.scarcest is not None
@@ -300,6 +311,11 @@ class Loop(Generic[Out]):
         turn.records[call.index] = record
         self.emit(ToolFinished(call.index, record))
 
+    def _unpin(self) -> None:
+        if self._pin is not None:
+            self._pin.close()
+            self._pin = None
+
     # append
 
     def _results(self, turn: _Turn) -> list[Message]:
@@ -345,5 +361,5 @@ class Loop(Generic[Out]):
             usage=self.usage,
             calls=tuple(self.records),
             seconds=time.monotonic() - self.meter.started,
-            session=Session(self.transcript, self.job.engine.name),
+            session=Session(self.transcript, self.job.engine),
         )

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import anyio.to_thread
+
+from agentkit import archive
 from agentkit.limits import LimitName
 from agentkit.runtime.request import Usage
 from agentkit.transcript import Transcript
+
+if TYPE_CHECKING:
+    from agentkit.runtime.engine import Engine
+    from agentkit.runtime.store import Saved
 
 Out = TypeVar("Out", covariant=True)
 
@@ -44,11 +53,51 @@ class Session:
     """
 
     transcript: Transcript
-    model: str
+    engine: Engine
 
     def fork(self) -> Session:
         """A session of its own that shares every KV page with this one."""
-        return Session(self.transcript.fork(), self.model)
+        return Session(self.transcript.fork(), self.engine)
+
+    async def save(self, path: str | Path, *, kv: bool = True) -> Saved:
+        """Write the conversation to a file, from which `Agent.restore` goes on, in this program or another.
+
+        Other requests go on meanwhile. The file appears when it is complete; one that was there is replaced.
+
+        Args:
+            path: of the file.
+            kv: also write the KV of what is cached, so that it need not be computed again. KV is large: tokens times
+                layers times 2 × KV heads × head size values. Without it the file holds a few bytes a token.
+
+        Returns:
+            How many tokens were written, and how many of them with their KV: none if the engine has been closed.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        from agentkit.runtime.store import save
+
+        note = archive.pack(self.transcript)
+        run = partial(save, self.engine, Path(path), tuple(self.transcript.ids), note, kv=kv)
+        return await anyio.to_thread.run_sync(run)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `Agent.restore` has found in a file.
+
+    Attributes:
+        session: to go on from.
+        tokens: of the conversation.
+        cached: so many of them, from the first one on, need not be computed: the engine has their KV. The others are
+            prefilled by the next run.
+        missing: why the engine has less KV than was cached when the session was saved; empty if it has not.
+    """
+
+    session: Session
+    tokens: int
+    cached: int
+    missing: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,8 @@ class _Runner:
     """
 
     weight_bytes = 0
+    memory = None
+    digest = "scripted"
 
     def __init__(self, vocab: Vocabulary) -> None:
         self.vocab_size, self.end_id = vocab.size, vocab.end_id

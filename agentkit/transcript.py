@@ -71,6 +71,25 @@ class Transcript:
         self._ids: list[int] = []
         self._spans: list[Span] = []
 
+    @classmethod
+    def of(
+        cls, template: ChatTemplate, tools: Sequence[Signature], ids: Sequence[int], spans: Sequence[Span]
+    ) -> Transcript:
+        """A log as it was, from its ids and `spans`.
+
+        Raises:
+            ValueError: the spans do not cover the ids in order, or do not begin with the prompt.
+        """
+        ends = [0, *(span.end for span in spans)]
+        if [span.start for span in spans] != ends[:-1] or ends != sorted(ends) or ends[-1] != len(ids):
+            raise ValueError(f"the spans end at {ends[1:]}, which are no stretches of {len(ids)} ids in order")
+        if any((span.kind == "prompt") != (i == 0) for i, span in enumerate(spans)):
+            raise ValueError("the first span, and no other, is the prompt")
+        transcript = cls(template, tools)
+        transcript._ids += ids
+        transcript._spans += spans
+        return transcript
+
     @property
     def ids(self) -> Log:
         """Every id so far. The view grows with the log."""

@@ -39,6 +39,8 @@ class Nothing:
     """A model whose logits are one constant row."""
 
     weight_bytes = 0
+    memory = None
+    digest = "nothing"
 
     def __init__(self, vocab_size: int, favourite: int) -> None:
         self.vocab_size = vocab_size

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,8 +21,11 @@ from torch import Tensor
 from agentkit.runtime.errors import AgentError, CapacityError, EngineError
 from agentkit.runtime.generation import Bell, Generation
 from agentkit.runtime.grammar import GrammarCompiler
+from agentkit.runtime.host import HostPool
+from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.live import Live
 from agentkit.runtime.pages import Corruption, PagePool
+from agentkit.runtime.pins import Pin
 from agentkit.runtime.plan import Scheduler
 from agentkit.runtime.radix import PrefixTree
 from agentkit.runtime.request import Chunk, Finish, Request, Usage
@@ -31,6 +34,7 @@ from agentkit.runtime.sampler import Sampler
 from agentkit.runtime.score import Continuations, Options, Scored, finishes
 from agentkit.runtime.sequence import DENSE, SPARSE, Plan, State
 from agentkit.runtime.stats import Stats, Watchdog
+from agentkit.runtime.transfer import Export, Import
 from agentkit.runtime.vocab import Vocabulary
 
 T = TypeVar("T")
@@ -54,6 +58,7 @@ class Sizes:
         running: most sequences in one step.
         drafts: most guesses at what follows that one sequence has verified in one step; 0 for none.
         sparse: prefill is sparse for requests that do not ask for dense attention.
+        host_pages: pages in the host's memory for those that are evicted from the pool; 0 forgets them.
     """
 
     context: int
@@ -63,6 +68,7 @@ class Sizes:
     running: int = 64
     drafts: int = 0
     sparse: bool = False
+    host_pages: int = 0
 
 
 class Engine:
@@ -79,7 +85,8 @@ class Engine:
         self.vocab, self.sizes, self.name = vocab, sizes, name
         self.compiler = GrammarCompiler(vocab, runner.vocab_size)
         self.runner = runner
-        self._scheduler = self._clean()
+        self._tree = PrefixTree(PagePool(sizes.pages), sizes.page_size, HostPool(sizes.host_pages))
+        self._scheduler = self._scheduling()
         self._sampler = Sampler(vocab, runner.vocab_size)
         self._live: dict[int, Live] = {}
         self._rids = itertools.count(1)
@@ -100,11 +107,10 @@ class Engine:
         # aborting the process. So the thread ends first, whoever has forgotten to close the engine.
         atexit.register(self.close)
 
-    def _clean(self) -> Scheduler:
-        """A scheduler of a pool whose pages are all free."""
+    def _scheduling(self) -> Scheduler:
+        """A scheduler with nothing to do."""
         s = self.sizes
-        tree = PrefixTree(PagePool(s.pages), s.page_size)
-        return Scheduler(tree.pool, tree, s.page_size, s.step_tokens, s.running, s.context)
+        return Scheduler(self._tree.pool, self._tree, s.page_size, s.step_tokens, s.running, s.context)
 
     # The caller's side: any thread, any event loop.
 
@@ -196,8 +202,7 @@ class Engine:
     def start(self, generation: Generation) -> None:
         """Submit a generation; called by its ``async with``."""
         request = generation.request
-        sparse = self.sizes.sparse and request.attention != "dense"
-        namespace = (SPARSE if sparse else DENSE) + request.namespace
+        namespace = self._space(request.namespace, request.attention)
         grammar = self.compiler.submit(request.grammar) if request.grammar is not None else None
         if grammar is not None:
             grammar.add_done_callback(lambda _: self._command(lambda: None))
@@ -211,6 +216,10 @@ class Engine:
                 generation.push(error)
 
         self._command(submit)
+
+    def _space(self, namespace: str, attention: Literal["dense", "sparse"] | None = None) -> str:
+        """The namespace in the prefix tree, where KV of sparse attention has one of its own."""
+        return (SPARSE if self.sizes.sparse and attention != "dense" else DENSE) + namespace
 
     def bell(self, loop: object) -> Bell:
         """What wakes the readers on an event loop; called on that loop."""
@@ -262,6 +271,38 @@ class Engine:
     def preempt(self, rid: int) -> None:
         """Take a running request's pages back; it continues later and loses nothing it has emitted."""
         self._command(lambda: self._scheduler.preempt(rid) if rid in self._live else None)
+
+    def pin(self, ids: Sequence[int], *, namespace: str = "") -> Pin:
+        """Evict what is now cached of ``ids``, their partly filled last page included, only when nothing else is left.
+
+        A hint, not a reservation: nobody ever waits or fails because of a pin. Pins count by reference, so pages that
+        several of them hold are pinned until the last is closed.
+
+        Args:
+            ids: of a conversation, such as one that waits for its tools.
+            namespace: as of a `Request`.
+
+        Returns:
+            To be closed, as by ``with engine.pin(ids): ...``.
+        """
+        return Pin(self._tree, self._command, ids, self._space(namespace))
+
+    def cached(self, ids: Sequence[int], *, namespace: str = "") -> int:
+        """How many of ``ids``, from the first one on, are cached now."""
+        return self._ask(lambda: self._tree.look(self._space(namespace), ids).reach)
+
+    def exporter(self, ids: Sequence[int], *, namespace: str = "") -> Export:
+        """Read the KV that is cached of ``ids``; for a model that has `Runner.memory`."""
+        return Export(self._ask, self._tree, self._kv(), ids, self._space(namespace))
+
+    def importer(self, ids: Sequence[int], *, namespace: str = "") -> Import:
+        """Give the engine KV of ``ids``; for a model that has `Runner.memory`."""
+        return Import(self._ask, self._tree, self._kv(), ids, self._space(namespace))
+
+    def _kv(self) -> PagedKV:
+        if self.runner.memory is None:
+            raise EngineError(f"{self.name} has no KV to read or write")
+        return self.runner.memory
 
     def stats(self) -> Stats:
         """Read by the engine's thread between two steps."""
@@ -329,7 +370,8 @@ class Engine:
         """Go on with nothing running and nothing cached."""
         error = EngineError(f"the engine of {self.name} has failed and lost what ran. Send it again. {cause!r}")
         error.__cause__ = cause
-        self._scheduler, self._watchdog, self._stalled = self._clean(), Watchdog(self._patience), False
+        self._tree.clear()
+        self._scheduler, self._watchdog, self._stalled = self._scheduling(), Watchdog(self._patience), False
         self._tell(error)
 
     def _tell(self, error: EngineError) -> None:
@@ -528,6 +570,7 @@ class Engine:
             pages_free=s.free,
             pages_cached=s.tree,
             pages_private=s.private,
+            pages_host=s.host,
             steps=self._steps,
             seconds=self._seconds,
             computed=self._computed,

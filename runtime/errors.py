@@ -29,3 +29,7 @@ class CapacityError(AgentError):
 
 class EngineError(AgentError):
     """The engine is closed, or a step of it has failed; the message carries the cause."""
+
+
+class StoreError(AgentError):
+    """A saved session cannot be written, or what is in a file cannot be used here: damaged, or of another model."""

@@ -57,9 +57,16 @@ class InvariantRunner(TorchRunner):
     """
 
     def __init__(
-        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+        self,
+        model: Model,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        running: int,
+        tokens: int | None = None,
+        host_pages: int = 0,
     ) -> None:
-        super().__init__(model, pages, page_size, step_tokens, running, tokens)
+        super().__init__(model, pages, page_size, step_tokens, running, tokens, host_pages)
         self.heights: tuple[int, ...] = _HEIGHTS
         if self._attention is not None:
             self._attention = _attention(model, pages, page_size, running)
@@ -67,7 +74,7 @@ class InvariantRunner(TorchRunner):
             self.heights = self._probe()
 
     def step(self, plan: Plan) -> Output:
-        self._copy(plan.copies)
+        self._move(plan)
         pieces = [self._piece(entries) for entries in self._pieces(plan.entries)]
         hidden = torch.cat(pieces)
         rows = self._tensor(sampled_rows(plan.entries))

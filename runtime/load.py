@@ -42,6 +42,8 @@ class Options:
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
             GPU: nine tenths of it).
+        host_kv_bytes: memory of the host for KV pages that are evicted from the pool; they come back by a copy, not
+            by being computed again. 0 forgets them. On a GPU it is pinned.
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
@@ -58,6 +60,7 @@ class Options:
     packed: bool = True
     context: int | None = None
     kv_bytes: int | None = None
+    host_kv_bytes: int = 0
     page_size: int | None = None
     step_tokens: int = 512
     running: int = 64
@@ -116,6 +119,12 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
             f"{token_bytes * page_size:,} bytes for {name}: raise it"
         )
+    host_pages = options.host_kv_bytes // (token_bytes * page_size)
+    if options.host_kv_bytes and host_pages < 1:
+        raise CapacityError(
+            f"host_kv_bytes is {options.host_kv_bytes:,}, but one page of {page_size} tokens takes "
+            f"{token_bytes * page_size:,} bytes for {name}: raise it, or leave it at 0"
+        )
     limit = min(config.max_positions, pages * page_size)
     if options.context is not None and options.context > limit:
         raise CapacityError(
@@ -130,11 +139,12 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
         sparse=options.attention == "sparse",
+        host_pages=host_pages,
     )
     make = InvariantRunner if options.invariant else TorchRunner
     if options.attention == "sparse":
         make = partial(SparseRunner, sparse=options.sparse)
-    runner = make(model, pages, page_size, options.step_tokens, options.running, vocab.size)
+    runner = make(model, pages, page_size, options.step_tokens, options.running, vocab.size, host_pages)
     return runner, vocab, sizes
 
 

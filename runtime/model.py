@@ -155,13 +155,15 @@ class Model:
 
     Attributes:
         config: the shape.
+        digest: of the checkpoint.
         kv_shape: ``(2, kv_heads, head_dim)``, what one token stores in one layer.
         weight_bytes: bytes that one decode step of one row reads.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
         self.config = checkpoint.config
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.packed = device, dtype, packed
+        self.digest = checkpoint.digest
         load = _Loader(checkpoint, device, dtype, packed)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)

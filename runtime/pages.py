@@ -35,12 +35,16 @@ class PagePool:
         if total < 1:
             raise ValueError(f"a page pool needs at least one page, not {total}; give the KV cache more memory")
         self.total = total
-        self._owner = bytearray(total)
-        self._count = [total, 0, 0]
+        self.clear()
+
+    def clear(self) -> None:
+        """Free every page."""
+        self._owner = bytearray(self.total)
+        self._count = [self.total, 0, 0]
         self._end: dict[int, int] = {}  # first page of a free extent -> page after its last
         self._start: dict[int, int] = {}  # the same extents by their end
         self._largest: list[tuple[int, int]] = []  # heap of (-length, start); an entry may be out of date
-        self._add_extent(0, total)
+        self._add_extent(0, self.total)
 
     @property
     def free(self) -> int:

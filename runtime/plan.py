@@ -10,6 +10,9 @@ kernel may still write to it.
 Drafts are guesses at what follows a sequence's ids. They are computed behind them in the same step, from the budget and
 the free pages that are left, and never enter the ids: `Scheduler.complete` counts those that the ids have turned out to
 go on with, and gives the pages of the others back. Their KV is overwritten by whatever comes in their place.
+
+Pages that were evicted to the host come back as private copies and enter the tree in `Scheduler.complete`, like pages
+that the step has computed.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Sequence as Ids
 from agentkit.runtime.errors import CapacityError, EngineError
 from agentkit.runtime.pages import Corruption, PagePool
 from agentkit.runtime.radix import Match, Node, PrefixTree, common_prefix
-from agentkit.runtime.sequence import Copy, Entry, Plan, Sequence, State, Stats, Targets
+from agentkit.runtime.sequence import Copy, Entry, Plan, Restore, Sequence, State, Stats, Targets
 
 _NO_PAGE = -1
 
@@ -165,7 +168,7 @@ class Scheduler:
     def stats(self) -> Stats:
         """Counts for metrics."""
         pool = self.pool
-        return Stats(len(self._running), len(self._waiting), pool.free, pool.private, pool.tree)
+        return Stats(len(self._running), len(self._waiting), pool.free, pool.private, pool.tree, self.tree.host.used)
 
     # --- a step
 
@@ -189,6 +192,8 @@ class Scheduler:
             self._admit_waiting(entries, plan)
         self._add_drafts(entries, drafts or {})
         plan.entries.extend(entries.values())
+        if entries:  # without any the step does not run
+            plan.spills.extend(self.tree.take_spills())
         for entry in plan.entries:
             entry.seq.in_flight = entry.rows
         stuck = self._sequences and not (plan.entries or plan.failed)
@@ -218,7 +223,7 @@ class Scheduler:
                 seq.prefilled += max(0, min(end, seq.prompt) - fresh)
             if end > seq.reached:
                 seq.reached = end
-            seq.computed, seq.in_flight = end, 0
+            seq.computed, seq.in_flight, seq.restoring = end, 0, 0
             seq.awaiting = end == len(seq.ids)
             if end >= (seq.published + 1) * self.page_size:
                 self._publish(seq)
@@ -229,15 +234,16 @@ class Scheduler:
         if plan is not self._step:
             raise EngineError("cancel() takes the plan in flight, once")
         self._step = None
-        copied = {copy.dst_page for copy in plan.copies}
+        copied = {copy.dst_page for copy in plan.copies} | {restore.page for restore in plan.restores}
         for entry in plan.entries:
             seq = entry.seq
-            seq.in_flight = 0
+            seq.in_flight = seq.restoring = 0
             if not copied.isdisjoint(seq.pages):  # the copy itself may not have run
                 seq.computed = seq.published * self.page_size
         self._unfence()
         for entry in plan.entries:
             self.finish(entry.seq.rid)
+        self.tree.forget(plan.spills)
 
     def _unfence(self) -> None:
         """Release what was kept for the step that has just ended."""
@@ -326,33 +332,42 @@ class Scheduler:
         """Give a waiting sequence its cached prefix and a chunk; returns its tokens, 0 if pages lack."""
         self.tree.lock(match.node)
         head = match.n_tokens
-        source, copied, leaf = self._best_tail(seq, match)
+        back = head + len(match.host) * self.page_size
+        source, copied, leaf = self._best_tail(seq, match, back)
+        sources = match.host[-1:]  # what is before it on the host has children, and so stays
         if leaf is not None:
-            self.tree.lock(leaf)
-        n = self._room(seq, head + copied, head, budget)
+            sources.append(leaf)
+        for node in sources:
+            self.tree.lock(node)
+        n = self._room(seq, back + copied, head, budget)
         if not n and leaf is not None:  # the locked leaf may be the very page that lacks: do without it
-            self.tree.unlock(leaf)
+            self.tree.unlock(sources.pop())
             copied, leaf = 0, None
-            n = self._room(seq, head, head, budget)
+            n = self._room(seq, back, head, budget)
         if not n:
-            self.tree.unlock(match.node)
+            for node in (*sources, match.node):
+                self.tree.unlock(node)
             return 0
-        self._start(seq, match, copied)
+        self._start(seq, match, back + copied)
         self._extend(seq, n)
-        if copied:
-            plan.copies.append(Copy(source, seq.pages[len(match.pages)], copied))
-        if leaf is not None:
-            self._tails.append(leaf)
+        self._tails += sources
+        places = iter(seq.pages[len(match.pages) :])
+        plan.restores.extend(_restore(node, next(places)) for node in match.host)
+        if leaf is not None and leaf.slot is not None:
+            plan.restores.append(_restore(leaf, next(places)))
+        elif copied:
+            plan.copies.append(Copy(source, next(places), copied))
         return n
 
-    def _best_tail(self, seq: Sequence, match: Match) -> tuple[int, int, Node | None]:
-        """What to copy behind the match: (page, tokens, node of the tree to lock; None: a parent's page)."""
+    def _best_tail(self, seq: Sequence, match: Match, start: int) -> tuple[int, int, Node | None]:
+        """What to copy behind the first ``start`` ids: (page, tokens, node of the tree to lock; None: a parent's
+        page)."""
         tail, parent = match.tail, seq.parent
         copied = tail.n if tail is not None else 0
         if parent is not None:  # its `computed` is 0 unless it holds pages
-            known = min(seq.shared, parent.computed, seq.cacheable) - match.n_tokens
+            known = min(seq.shared, parent.computed, seq.cacheable) - start
             if known > copied:
-                return parent.pages[match.n_tokens // self.page_size], known, None
+                return parent.pages[start // self.page_size], known, None
         return (tail.node.page, copied, tail.node) if tail is not None else (_NO_PAGE, 0, None)
 
     def _room(self, seq: Sequence, done: int, shared: int, budget: int) -> int:
@@ -360,7 +375,7 @@ class Scheduler:
         n = min(budget, len(seq.ids) - done)
         return n if self._reserve(self._pages(done + n) - self._pages(shared)) else 0
 
-    def _start(self, seq: Sequence, match: Match, copied: int) -> None:
+    def _start(self, seq: Sequence, match: Match, computed: int) -> None:
         """Move a sequence from the queue to the running ones, with its shared pages."""
         self._waiting.remove(seq)
         overtaken = {rid: other for rid, other in self._running.items() if other.arrival > seq.arrival}
@@ -371,7 +386,7 @@ class Scheduler:
         seq.node, seq.published = match.node, len(match.pages)
         for page in match.pages:
             seq.add_page(page)
-        seq.computed = match.n_tokens + copied
+        seq.computed, seq.restoring = computed, len(match.host)
         seq.goal = len(seq.ids)
         seq.cached += max(0, seq.computed - seq.reached)
         seq.reached = max(seq.reached, seq.computed)
@@ -464,7 +479,7 @@ class Scheduler:
         error = CapacityError(
             f"request {seq.rid} with {len(seq.ids)} ids needs {self._pages(len(seq.ids))} pages of "
             f"{self.page_size} tokens; of {self.pool.total}, {self.pool.free} are free, {self.pool.tree} are "
-            "cached, none can be evicted; shorten it, unpin sessions, or give the KV cache more memory"
+            "cached, none can be evicted; shorten it, or give the KV cache more memory"
         )
         self.finish(seq.rid)
         plan.failed.append((seq.rid, error))
@@ -495,10 +510,10 @@ class Scheduler:
         ]
         return f"{self.stats()} budget={self.token_budget} [{'; '.join(rows)}]"
 
-    def check(self, pins: Iterable[Node] = ()) -> None:
-        """Raise `Corruption` unless every page and lock is accounted for; ``pins``: nodes others locked."""
+    def check(self) -> None:
+        """Raise `Corruption` unless every page and lock is accounted for."""
         holders = (*self._running.values(), *self._leaving.values())
-        locks = Counter([*pins, *self._tails, *(seq.node for seq in holders if seq.node is not None)])
+        locks = Counter([*self._tails, *(seq.node for seq in holders if seq.node is not None)])
         self.pool.check()
         self.tree.check(locks)
         private = [page for seq in holders for page in seq.private]
@@ -510,6 +525,11 @@ class Scheduler:
         for seq in self._waiting:
             if seq.pages or seq.private or seq.node is not None or seq.state is not State.WAITING:
                 raise Corruption(f"waiting request {seq.rid} holds pages or is not waiting: {self.dump()}")
+
+
+def _restore(node: Node, page: int) -> Restore:
+    assert node.slot is not None
+    return Restore(node.slot, page)
 
 
 def _entry(seq: Sequence, n: int) -> Entry:

@@ -23,8 +23,9 @@ from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
+from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.model import Batch, Model
-from agentkit.runtime.sequence import Copy, Entry, Plan
+from agentkit.runtime.sequence import Entry, Plan
 
 #: Rows that go through the head at once where their logits are not kept: 64 rows of Qwen3's table are 39 MB.
 HEAD_ROWS = 64
@@ -56,6 +57,16 @@ class Runner(Protocol):
         """Bytes of weights one decode step reads; 0 where there is no model."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Identity of the weights."""
+        ...
+
+    @property
+    def memory(self) -> PagedKV | None:
+        """The KV, to be moved elsewhere; None where there is none."""
+        ...
+
     def step(self, plan: Plan) -> Output:
         """Execute a plan."""
         ...
@@ -71,16 +82,25 @@ class TorchRunner:
         step_tokens: most tokens in one step.
         running: most sequences in one step.
         tokens: ids below this are tokens, the others pad the model's table; all by default.
+        host_pages: pages in the host's memory for those that the pool has no room for.
     """
 
     def __init__(
-        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+        self,
+        model: Model,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        running: int,
+        tokens: int | None = None,
+        host_pages: int = 0,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
         )
+        self._memory = PagedKV(model, self.kv, page_size, host_pages)
         self._attention = None
         if model.device.type == "cuda":
             c = model.config
@@ -97,14 +117,25 @@ class TorchRunner:
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
 
+    @property
+    def digest(self) -> str:
+        return self.model.digest
+
+    @property
+    def memory(self) -> PagedKV:
+        return self._memory
+
     def step(self, plan: Plan) -> Output:
-        self._copy(plan.copies)
+        self._move(plan)
         batch = self._batch(plan)
         hidden = self.model.hidden(batch, self.kv)
         return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
 
-    def _copy(self, copies: Iterable[Copy]) -> None:
-        for copy in copies:  # one by one: the target of one may be the source of the next
+    def _move(self, plan: Plan) -> None:
+        """Copy pages, to the host first: what follows may overwrite them."""
+        self._memory.spill(plan.spills)
+        self._memory.restore(plan.restores)
+        for copy in plan.copies:  # one by one: the target of one may be the source of the next
             copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
 
     def _logits(self, hidden: Tensor) -> Tensor:

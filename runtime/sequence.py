@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from agentkit.runtime.errors import CapacityError
-from agentkit.runtime.radix import Node
+from agentkit.runtime.radix import Node, Spill
 
 #: How the namespaces of sequences begin whose KV is computed with sparse attention, and those of the others.
 SPARSE, DENSE = "sparse:", "dense:"
@@ -55,6 +55,7 @@ class Sequence:
     private: set[int] = field(default_factory=set[int])  # the pages it owns; the others are the tree's
     node: Node | None = None  # the deepest node of its path in the tree, locked
     published: int = 0  # full pages on that path
+    restoring: int = 0  # full pages behind them, counted as computed, that the step in flight brings from the host
     awaiting: bool = False  # all is computed: nothing to do until `append` or `finish`
     goal: int = 0  # ids before this one are prefill; from there on it decodes
     reached: int = 0  # the largest `computed` so far, preemptions included
@@ -114,7 +115,7 @@ class Sequence:
         path = self.node.path()
         ids = [token for node in path for token in node.ids]
         full = self.computed // page_size
-        if len(path) != self.published or ids != self.ids[: len(ids)] or self.published != full:
+        if len(path) != self.published or ids != self.ids[: len(ids)] or self.published + self.restoring != full:
             return "is locked on a path of other ids"
         for index, page in enumerate(self.pages):
             if page not in self.private and (index >= len(path) or path[index].page != page):
@@ -173,20 +174,34 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Restore:
+    """Copy a slot of the host to a page, before the forward pass."""
+
+    slot: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One step. ``failed`` requests have ended: tell their callers; the others do not suffer."""
+    """One step. ``failed`` requests have ended: tell their callers; the others do not suffer.
+
+    Before the forward pass run all ``spills``, then all ``restores``, then ``copies`` one after the other.
+    """
 
     entries: list[Entry]
     copies: list[Copy]
     failed: list[tuple[int, CapacityError]]
+    spills: list[Spill] = field(default_factory=list[Spill])
+    restores: list[Restore] = field(default_factory=list[Restore])
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sequences by state, pages by owner."""
+    """Sequences by state, pages by owner, slots of the host that are in use."""
 
     running: int
     waiting: int
     free: int
     private: int
     tree: int
+    host: int

@@ -74,14 +74,16 @@ class SparseRunner(TorchRunner):
         step_tokens: int,
         running: int,
         tokens: int | None = None,
+        host_pages: int = 0,
         *,
         sparse: Sparse,
     ) -> None:
-        super().__init__(model, pages, page_size, step_tokens, running, tokens)
+        super().__init__(model, pages, page_size, step_tokens, running, tokens, host_pages)
         layers = model.config.layers
         self.sparse, self.layer = sparse, layers // 2 if sparse.layer is None else sparse.layer
         if not 0 <= self.layer < layers:
             raise ValueError(f"layer: {self.layer}, the model has layers 0 to {layers - 1}")
+        self.memory.format = replace(self.memory.format, attention=f"{sparse!r} from layer {self.layer} on")
         self._plans: tuple[AttentionPlan, AttentionPlan] | None = None
         if self._attention is not None:
             a = self._attention

@@ -19,6 +19,7 @@ class Stats:
         pages_free: pages nobody holds.
         pages_cached: pages in the prefix tree.
         pages_private: pages of running sequences.
+        pages_host: pages that have been evicted to the host's memory.
         steps: steps run so far.
         seconds: time these took, from plan to ids.
         computed: tokens sent through the model so far, drafted and recomputed ones included.
@@ -31,6 +32,7 @@ class Stats:
     pages_free: int
     pages_cached: int
     pages_private: int
+    pages_host: int
     steps: int
     seconds: float
     computed: int

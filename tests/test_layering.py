@@ -49,7 +49,7 @@ def test_nothing_imports_upward(folder: str) -> None:
             assert LEVEL[target] <= LEVEL[folder], f"{path.relative_to(ROOT)}:{line} imports {module}"
 
 
-@pytest.mark.parametrize("name", ["pages", "radix", "sequence", "plan", "draft"])
+@pytest.mark.parametrize("name", ["pages", "host", "radix", "sequence", "plan", "draft"])
 def test_the_planner_imports_no_torch(name: str) -> None:
     code = f"import sys, agentkit.runtime.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -567,18 +567,18 @@ def test_one_that_outgrows_the_pool_fails_alone_and_the_next_works() -> None:
     assert drained(scheduler)
 
 
-def test_pinned_pages_fail_a_request_rather_than_hang_it() -> None:
+def test_pinned_pages_are_given_up_before_a_request_waits_or_fails() -> None:
     """P29."""
     scheduler = build(total=3)
     scheduler.submit(1, range(8))
     step(scheduler)
     scheduler.finish(1)
-    pinned = scheduler.tree.match("", range(8), 8).node
-    scheduler.tree.lock(pinned)
+    hold = scheduler.tree.pin("", range(8))
     scheduler.submit(2, range(100, 106))
-    plan = scheduler.plan()
-    assert [rid for rid, _ in plan.failed] == [2]
-    scheduler.check([pinned])
+    assert step(scheduler) == {2: (0, 6)}
+    scheduler.tree.unpin(hold)
+    scheduler.finish(2)
+    assert drained(scheduler)
 
 
 def test_a_duplicate_page_is_given_up_before_its_owner_fails() -> None:

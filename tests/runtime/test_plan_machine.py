@@ -2,7 +2,8 @@
 
 The model writes into a page what attention would read there: for each slot, the namespace and all ids up to
 it. A free page holds garbage. If a step ever reads a page that was freed, reused, shared too early or copied
-wrongly, the contents differ. Drafted ids are written like others; whoever went on to read a rejected one would see it.
+wrongly, the contents differ. So it is on the host, whose slots are written when a step runs its spills. Drafted ids
+are written like others; whoever went on to read a rejected one would see it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agentkit.runtime.errors import CapacityError
+from agentkit.runtime.host import HostPool
 from agentkit.runtime.pages import Owner, PagePool
 from agentkit.runtime.plan import Scheduler
-from agentkit.runtime.radix import Node, PrefixTree, common_prefix
+from agentkit.runtime.radix import Hold, Node, PrefixTree, Spill, common_prefix
 from agentkit.runtime.sequence import Entry, Plan, Sequence, State, Targets
+from agentkit.runtime.transfer import Import
 
 Slot = tuple[str, tuple[int, ...]]  # namespace, ids up to and including the slot's own
 
@@ -45,6 +48,23 @@ class Write:
     start: int
 
 
+class Watched(PrefixTree):
+    """Sees to it that what is pinned goes last."""
+
+    holds: list[Hold]
+
+    def evict(self, n: int) -> int:
+        held = self._held()
+        freed = super().evict(n)
+        if any(not node.alive or node.slot is not None for node in held):  # then nothing else was left that could go
+            here = (node for node in self.nodes() if node.parent is not None and node.slot is None)
+            assert {node for node in here if not (node.locks or node.resident)} <= self._held()
+        return freed
+
+    def _held(self) -> set[Node]:
+        return {part for hold in self.holds if hold.node is not None for part in hold.node.path()}
+
+
 class Recording(Scheduler):
     """Remembers who was ever preempted, by the caller or for want of pages."""
 
@@ -61,18 +81,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.integers(2, 4),
         max_running=st.integers(1, 5),
         extra=st.integers(0, 12),
+        host=st.one_of(st.just(0), st.integers(1, 12), st.just(40)),
     )
-    def build(self, total: int, page_size: int, max_running: int, extra: int) -> None:
+    def build(self, total: int, page_size: int, max_running: int, extra: int, host: int) -> None:
         self.page_size, self.max_context = page_size, 40
         self.pool = PagePool(total)
-        self.tree = PrefixTree(self.pool, page_size)
+        self.tree = Watched(self.pool, page_size, HostPool(host))
+        self.tree.holds = self.pins = []
         budget = max_running + extra
         self.scheduler = Recording(self.pool, self.tree, page_size, budget, max_running, self.max_context)
         self.scheduler.preempted = set()
         self.kv: dict[int, dict[int, Slot]] = defaultdict(dict)
+        self.host: dict[int, dict[int, Slot]] = {}
         self.live: dict[int, Sequence] = {}
         self.past: list[tuple[str, list[int]]] = [("", [0])]
-        self.pins: list[Node] = []
         self.plan: Plan | None = None
         self.writes: list[Write] = []
         self.reached: dict[int, int] = {}  # rid -> where its next entry must start
@@ -131,18 +153,42 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.abort(seq.rid)
         self._end(seq)  # finish after abort must change nothing
 
-    @precondition(lambda self: len(self.pins) < 2)
+    @precondition(lambda self: len(self.pins) < 3)
     @rule(pick=picks)
     def pin(self, pick: int) -> None:
         namespace, ids = self.past[pick % len(self.past)]
-        match = self.tree.match(namespace, ids, len(ids))
-        self.tree.lock(match.node)
-        self.pins.append(match.node)
+        self.pins.append(self.tree.pin(namespace, ids))
 
     @precondition(lambda self: self.pins)
-    @rule()
-    def unpin(self) -> None:
-        self.tree.unlock(self.pins.pop())
+    @rule(pick=picks)
+    def unpin(self, pick: int) -> None:
+        self.tree.unpin(self.pins.pop(pick % len(self.pins)))
+
+    @precondition(lambda self: self.plan is None)
+    @rule(pick=picks, count=st.integers(1, 6))
+    def load(self, pick: int, count: int) -> None:
+        """KV of an earlier conversation comes from a file; what has to make room for it is evicted."""
+        namespace, ids = self.past[pick % len(self.past)]
+        size, before = self.page_size, self.pool.total - self.pool.private
+        contents = [(namespace, tuple(ids[: at + 1])) for at in range(len(ids))]
+        coming = Import(lambda question: question(), self.tree, self, ids, namespace)
+        while coming.tokens < len(ids):
+            first = coming.tokens
+            blocks = [dict(enumerate(contents[at : at + size])) for at in range(first, len(ids), size)][:count]
+            if not coming.write(blocks, min(first + count * size, len(ids))):
+                break
+        assert self.pool.private == self.pool.total - before
+        assert coming.tokens == len(ids) or self.pool.free == 0
+
+    def write(self, pages: list[int], blocks: list[dict[int, Slot]]) -> None:
+        for page, block in zip(pages, blocks, strict=True):
+            assert self.pool.owner(page) == Owner.PRIVATE
+            assert page not in self.tree._spills.values()
+            self.kv[page] = dict(block)
+
+    def spill(self, spills: list[Spill]) -> None:
+        for spill in spills:
+            self.host[spill.slot] = dict(self.kv[spill.page])
 
     @precondition(lambda self: self.plan is None)
     @rule(drafts=guesses)
@@ -161,8 +207,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail_step(self) -> None:
         """The forward pass raises half-way: copies and slots of the step hold anything."""
         assert self.plan is not None
-        for copy in self.plan.copies:
-            self.kv[copy.dst_page] = dict.fromkeys(range(self.page_size), ("garbage", ()))
+        garbage: dict[int, Slot] = dict.fromkeys(range(self.page_size), ("garbage", ()))
+        for spill in self.plan.spills:
+            self.host[spill.slot] = dict(garbage)
+        for page in (*(r.page for r in self.plan.restores), *(c.dst_page for c in self.plan.copies)):
+            self.kv[page] = dict(garbage)
         for write in self.writes:
             for at in range(write.start, len(write.ids)):
                 self.kv[write.pages[at // self.page_size]][at % self.page_size] = ("garbage", ())
@@ -192,9 +241,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def accounts_are_exact(self) -> None:
         if not hasattr(self, "pool"):
             return
-        self.scheduler.check(self.pins)
+        self.scheduler.check()
+        leaving = set(self._leaving().values())  # free, but not written to before they have been copied
         for page in range(self.pool.total):
-            if self.pool.owner(page) == Owner.FREE:
+            if self.pool.owner(page) == Owner.FREE and page not in leaving:
                 self.kv[page] = {}
         for node in self.tree.nodes():
             self._check_node(node)
@@ -205,13 +255,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.plan is not None:
             self._end_step()
         while self.pins:
-            self.unpin()
+            self.tree.unpin(self.pins.pop())
         self._drain()
         self.accounts_are_exact()
         assert self.pool.private == 0
         self.tree.evict(self.pool.total)
         assert self.pool.free == self.pool.total
+        self.tree.check({})
+        self.tree.forget([Spill(-1, slot) for slot in range(self.tree.host.total)])
         assert not list(self.tree.nodes())
+        assert self.tree.host.used == 0
 
     def _drain(self) -> None:
         """Everybody gets to the end of their ids: no request is stuck."""
@@ -237,6 +290,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (ours.running, ours.waiting, ours.tree) == (its.running, its.waiting, its.tree)
         assert sum(entry.rows for entry in plan.entries) <= self.scheduler.token_budget
         assert len(plan.entries) <= self.scheduler.max_running
+        assert plan.entries or not (plan.spills or plan.restores or plan.copies)  # it will not run
         assert len({entry.seq.rid for entry in plan.entries}) == len(plan.entries)
         for rid, error in plan.failed:
             self._check_failure(self.live.pop(rid), error)
@@ -261,6 +315,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _end_step(self) -> None:
         assert self.plan is not None
+        self.spill(self.plan.spills)
+        for restore in self.plan.restores:
+            assert self.pool.owner(restore.page) == Owner.PRIVATE
+            self.kv[restore.page] = dict(self.host[restore.slot])
         for copy in self.plan.copies:
             assert self.pool.owner(copy.dst_page) == Owner.PRIVATE
             assert 0 < copy.n_tokens < self.page_size
@@ -313,9 +371,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert seq.prefilled <= seq.prompt
 
     def _check_failure(self, seq: Sequence, error: CapacityError) -> None:
-        pinned = {node.page for pin in self.pins for node in pin.path()}
-        pages = -(-len(seq.ids) // self.page_size)
-        assert pages > self.pool.total - len(pinned)
+        assert -(-len(seq.ids) // self.page_size) > self.pool.total
         assert str(seq.rid) in str(error)
 
     def _check_node(self, node: Node) -> None:
@@ -325,8 +381,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         path = node.path()
         ids = tuple(token for part in path for token in part.ids)
         start = len(ids) - len(node.ids)
+        if node.slot is None:
+            content = self.kv[node.page]
+        else:
+            leaving = self._leaving()
+            content = self.kv[leaving[node.slot]] if node.slot in leaving else self.host[node.slot]
         for slot in range(len(node.ids)):
-            assert self.kv[node.page].get(slot) == (node.namespace, ids[: start + slot + 1])
+            assert content.get(slot) == (node.namespace, ids[: start + slot + 1])
+
+    def _leaving(self) -> dict[int, int]:
+        """Slots whose content is still in a page, because no step has copied it yet."""
+        planned = {spill.slot: spill.page for spill in self.plan.spills} if self.plan is not None else {}
+        return planned | self.tree._spills
 
     def _add(self, act, ids: list[int]) -> None:
         self.next_rid += 1

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentkit.runtime.pages import Corruption, Owner, PagePool
-from agentkit.runtime.radix import Node, PrefixTree
+from agentkit.runtime.radix import Hold, Node, PrefixTree
 
 SIZE = 4
 
@@ -185,7 +185,60 @@ def test_replaced_tails_do_not_pile_up_in_the_eviction_heap() -> None:
         put(tree, [turn, 1, 2])
         if pool.free < 4:
             tree.evict(8)
-    assert len(tree._heap) <= 2 * pool.tree + 64
+    assert sum(map(len, tree._leaves)) <= 2 * (2 * pool.tree + 64)
+
+
+def test_pinned_paths_are_evicted_last_and_then_like_others() -> None:
+    pool, tree = build()
+    pinned, other = [1, 1, 1, 1, 2, 2, 2, 2, 3], [4, 4, 4, 4, 5, 5]
+    pages, others = put(tree, pinned), put(tree, other)
+    holds = [tree.pin("", pinned), tree.pin("", pinned)]  # counted
+    tree.match("", other, 6)  # the pinned path is the least recently used
+    assert tree.evict(1) == 1
+    assert pool.owner(others[1]) == Owner.FREE
+    tree.unpin(holds.pop())
+    put(tree, other)
+    assert tree.evict(2) == 2
+    assert [pool.owner(page) for page in pages] == [Owner.TREE] * 3
+    assert tree.evict(1) == 1  # nothing else is left, so the pin gives way, its last page first
+    assert [pool.owner(page) for page in pages] == [Owner.TREE, Owner.TREE, Owner.FREE]
+    put(tree, other)
+    assert tree.evict(2) == 2  # what is left of the path is pinned still
+    assert [pool.owner(page) for page in pages[:2]] == [Owner.TREE, Owner.TREE]
+    tree.unpin(holds[0])
+    tree.unpin(holds[0])
+    put(tree, other)
+    assert tree.evict(1) == 1
+    assert pool.owner(pages[1]) == Owner.FREE
+    tree.check({})
+
+
+def test_a_pinned_tail_that_grows_stays_pinned() -> None:
+    pool, tree = build()
+    put(tree, [1, 2])
+    hold = tree.pin("", [1, 2])
+    (page,) = put(tree, [1, 2, 3])
+    put(tree, [5])
+    tree.match("", [5], 1)
+    assert tree.evict(1) == 1
+    assert pool.owner(page) == Owner.TREE
+    tree.unpin(hold)
+    assert tree.evict(1) == 1
+
+
+def test_a_pin_of_what_is_not_cached_holds_nothing() -> None:
+    _, tree = build()
+    hold = tree.pin("nobody", [1, 2, 3])
+    assert not list(tree.nodes())
+    tree.unpin(hold)
+
+
+def test_pins_and_unpins_do_not_pile_up_in_the_eviction_heaps() -> None:
+    _, tree = build()
+    put(tree, [1, 2, 3, 4])
+    for _ in range(400):
+        tree.unpin(tree.pin("", [1, 2, 3, 4]))
+    assert sum(map(len, tree._leaves)) <= 2 * (2 + 64)
 
 
 ids = st.lists(st.integers(0, 2), max_size=14)
@@ -206,6 +259,53 @@ def test_match_finds_what_a_search_over_everything_finds(
     stored = [[token for part in node.path() for token in part.ids] for node in tree.nodes()]
     assert reached == max((common(one, query[:limit]) for one in stored), default=0)
     assert match.n_tokens == max((common(one, query[:limit]) // SIZE * SIZE for one in stored), default=0)
+
+
+@given(
+    st.lists(ids, max_size=10),
+    st.lists(st.tuples(st.sampled_from(["pin", "unpin", "put", "evict", "lock"]), ids, st.integers(0, 4)), max_size=16),
+)
+def test_eviction_takes_what_a_search_over_everything_takes(
+    cached: list[list[int]], events: list[tuple[str, list[int], int]]
+) -> None:
+    pool, tree = build(200)
+    for one in cached:
+        put(tree, one)
+    holds: list[Hold] = []
+    locks: Counter[Node] = Counter()
+    for what, one, n in events:
+        if what == "pin":
+            holds.append(tree.pin("", one))
+        elif what == "unpin" and holds:
+            tree.unpin(holds.pop(n % len(holds)))
+        elif what == "put" and not locks:
+            put(tree, one)
+        elif what == "lock":
+            node = tree.match("", one, len(one)).node
+            tree.lock(node)
+            locks[node] += 1
+        elif what == "evict":
+            expected = searched(tree, n)
+            assert tree.evict(n) == len(expected)
+            assert all(pool.owner(page) == Owner.FREE for page in expected)
+        tree.check(locks)
+
+
+def searched(tree: PrefixTree, n: int) -> list[int]:
+    """The pages that shall go, found by looking at all of them each time."""
+    nodes = [node for node in tree.nodes() if node.parent is not None]
+    used = {node: node.used for node in tree.nodes()}
+    held = {part for node in nodes if node.pins for part in node.path()}
+    gone: list[Node] = []
+    while len(gone) < n:
+        leaves = [x for x in nodes if x not in gone and not x.locks and all(c in gone for c in x.children.values())]
+        if not leaves:
+            break
+        leaf = min(leaves, key=lambda node: (node in held, used[node]))
+        gone.append(leaf)
+        assert leaf.parent is not None
+        used[leaf.parent] = max(used[leaf.parent], used[leaf])
+    return [node.page for node in gone]
 
 
 @given(st.lists(ids, max_size=10), st.lists(st.integers(0, 9), max_size=6))
