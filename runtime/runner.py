@@ -70,15 +70,29 @@ class TorchRunner:
         step_tokens: most tokens in one step.
         running: most sequences in one step.
         tokens: ids below this are tokens, the others pad the model's table; all by default.
+        kv_dtype: of keys and values, the model's dtype by default. In float8_e4m3fn they are stored as they are, with
+            scales of 1: a format with an exponent needs none as long as nothing exceeds 448.
+
+    Attributes:
+        kv: ``[layers, slots, 2, kv_heads, head_dim]``, the pool; its dtype is that of the KV.
     """
 
     def __init__(
-        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+        self,
+        model: Model,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        running: int,
+        tokens: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
-            (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
+            (model.config.layers, pages * page_size, *model.kv_shape),
+            dtype=kv_dtype or model.dtype,
+            device=model.device,
         )
         self._attention = None
         if model.device.type == "cuda":
