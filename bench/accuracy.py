@@ -11,7 +11,7 @@ The file's weights are of 4 bits themselves. Quantised again in the same groups 
 model's channels are shuffled first, alike in all matrices: that changes no result, but which weights share a group.
 
 Forms that have products on a GPU only are quantised and widened again. The others run as they do in decoding, in steps
-of four rows; "read" are the bytes of weights that such a step reads.
+of few rows; "read" are the bytes of weights that a step reads.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from agentkit.runtime.weights import Blocks, Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
-#: Rows of a step: few, so that the products of decoding are the ones measured.
-ROWS = 4
+#: Rows of a step: so few that the products are those of decoding (`agentkit.kernels.compact`).
+ROWS = 16
 
 
 def texts() -> list[str]:

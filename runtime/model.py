@@ -236,7 +236,7 @@ class _Loader:
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool, weights: Weights
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.packed = checkpoint, device, dtype, packed
-        self.weights = weights
+        self.weights: Weights = weights
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         source = self.checkpoint.tensor(name)

@@ -106,7 +106,9 @@ class Blocks:
         first, second, third = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
         scale = torch.cat([first & 0x3F, third & 0xF | first >> 6 << 4], dim=-1)
         minimum = torch.cat([second & 0x3F, third >> 4 | second >> 6 << 4], dim=-1)
-        codes = blocks[..., 16:].unflatten(-1, (4, 32))  # low halves are one group of 32, high halves the next
+        codes = blocks[..., 16:].reshape(
+            rows, columns // 256, 4, 32
+        )  # low halves are one group of 32, high halves the next
         q = torch.stack([codes & 0xF, codes >> 4], dim=-2).view(rows, columns)
         return q, (factors[..., :1] * scale).flatten(1), (-factors[..., 1:] * minimum).flatten(1)
 
