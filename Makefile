@@ -26,6 +26,7 @@ bench: .venv/ready
 	$(BIN)/agentkit models pull smollm2-135m
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/drafts.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/schemas.py
 	$(BIN)/python bench/bfcl.py
 

@@ -162,6 +162,7 @@ class Model:
 
     Attributes:
         config: the shape.
+        weights: the form of the layers' matrices.
         kv_shape: ``(2, kv_heads, head_dim)``, what one token stores in one layer.
         weight_bytes: bytes that one decode step of one row reads.
     """
@@ -175,7 +176,7 @@ class Model:
         weights: Weights = "auto",
     ) -> None:
         self.config = checkpoint.config
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.weights = device, dtype, weights
         load = _Loader(checkpoint, device, dtype, packed, weights)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
