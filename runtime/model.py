@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import Quantised, quant_linear
 from agentkit.kernels.rope import angles
 from agentkit.kernels.silu import silu_mul
-from agentkit.runtime.quantise import Weights, from_file, join, quantised
+from agentkit.runtime.quantise import Weights, form_of, from_file, join, quantised
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
 
@@ -105,6 +106,17 @@ def _product(
     return partial(dense_linear, weight=pack_dense(weight), bias=bias), _bytes(weight)
 
 
+class Joined:
+    """Products of one input, side by side: matrices that are kept in different forms."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+        self.weight_bytes = sum(part.weight_bytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], 1)
+
+
 def _half(x: Tensor, weight: torch.ScriptObject, bias: Tensor | None) -> Tensor:
     y = half_linear(x, weight)
     return y if bias is None else y + bias
@@ -140,12 +152,12 @@ class Layer:
     """Weights of one block."""
 
     attention_norm: Tensor
-    qkv: Linear
+    qkv: Linear | Joined
     head_norms: HeadNorms | None
-    out: Linear
+    out: Linear | Joined
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | Joined
+    down: Linear | Joined
 
 
 class Model:
@@ -244,12 +256,12 @@ class _Loader:
         dense = source.dense(dtype or self.dtype) if isinstance(source, Blocks) else source
         return dense.to(device=self.device, dtype=dtype or self.dtype)
 
-    def linear(self, *names: str, bias: bool = False) -> Linear:
-        """One product for several matrices of the same input."""
+    def linear(self, *names: str, bias: bool = False) -> Linear | Joined:
+        """One product for several matrices of the same input, or one for each form that they are quantised to."""
+        if self.weights != "auto":
+            return self._quantised(names, bias)
         b = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
         sources = [self.checkpoint.tensor(f"{name}.weight") for name in names]
-        if self.weights != "auto":
-            return Linear(quantised(list(zip(names, sources, strict=True)), self.weights, self.device), b)
         if self.packed and self.device.type == "cuda":
             stored = _quantised(sources, self.device)
             if stored is not None:
@@ -257,6 +269,15 @@ class _Loader:
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         on_cpu = self.packed and self.device.type == "cpu"
         return Linear(weight, b, _int4(sources) if on_cpu else None, on_cpu)
+
+    def _quantised(self, names: Sequence[str], bias: bool) -> Linear | Joined:
+        sources = {name: self.checkpoint.tensor(f"{name}.weight") for name in names}
+        parts: list[Linear] = []
+        for form, alike in groupby(names, lambda name: form_of(name, sources[name], self.weights)):
+            own = list(alike)
+            b = torch.cat([self.tensor(f"{name}.bias") for name in own]) if bias else None
+            parts.append(Linear(quantised([(name, sources[name]) for name in own], form, self.device), b))
+        return parts[0] if len(parts) == 1 else Joined(parts)
 
     def layer(self, index: int) -> Layer:
         c, at = self.checkpoint.config, f"model.layers.{index}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import ModelError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.load import Options, choose_kv_dtype, load_engine
-from agentkit.runtime.quantise import Weights, _stored, check_weights, quantised
+from agentkit.runtime.quantise import Weights, _stored, check_weights, form_of, quantised
 from agentkit.runtime.request import Request
 from agentkit.runtime.runner import TorchRunner
 from agentkit.runtime.weights import BlockKind, Blocks
@@ -40,7 +40,12 @@ def widened_int4(weight: Tensor) -> Tensor:
     return dequantize_reference(quantize_int4(weight), torch.float64)
 
 
-WIDENED: dict[str, Callable[[Tensor], Tensor]] = {"int8": widened_int8, "int4": widened_int4}
+def widened(form: str, name: str, weight: Tensor) -> Tensor:
+    """A parameter as a form keeps it: values and the way down have 8 bits in both."""
+    if not name.endswith("_proj.weight"):
+        return weight
+    spared = name.endswith(("v_proj.weight", "down_proj.weight"))
+    return widened_int4(weight) if form == "int4" and not spared else widened_int8(weight)
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2", "llama"])
@@ -49,9 +54,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder, tiny.write(folder, request.param).double()
 
 
-def rounded(model: Any, form: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Transformers' weights, those of the layers' matrices through a form and back."""
-    return {k: form(v) if k.endswith("_proj.weight") else v for k, v in model.named_parameters()}
+def rounded(model: Any, form: str) -> dict[str, Tensor]:
+    """Transformers' weights through a form and back."""
+    return {name: widened(form, name, weight) for name, weight in model.named_parameters()}
 
 
 class RoundedCache(DynamicCache):
@@ -95,7 +100,7 @@ def test_scores_are_those_of_transformers_with_the_same_rounded_weights(
     with tiny.engine(folder, weights=form, packed=True, step_tokens=512) as engine:
         got = scored(engine, ids)
         assert engine.runner.weight_bytes < 0.7 * sum(2 * x.numel() for x in peer.parameters())
-    want, plain = (judged(peer, w, ids) for w in (rounded(peer, WIDENED[form]), {}))
+    want, plain = (judged(peer, w, ids) for w in (rounded(peer, form), {}))
     # The rest of the difference are a head in fp16 and scales in bf16.
     assert (got - want).abs().mean() < 0.25 * (plain - want).abs().mean()
 
@@ -106,9 +111,9 @@ def test_steps_of_few_rows_stay_near_those_of_many(checkpoint: tuple[Path, Any],
     ids = prompt(60)
     with tiny.engine(folder, weights=form, packed=True, step_tokens=4, running=1) as engine:
         got = scored(engine, ids)
-    want, plain = (judged(peer, w, ids) for w in (rounded(peer, WIDENED["int4"]), {}))
+    want, plain = (judged(peer, w, ids) for w in (rounded(peer, "int4"), {}))
     # Weights of this size make sharp distributions: what activations in bf16 cost is seen, and less than int4.
-    assert (got - judged(peer, rounded(peer, WIDENED[form]), ids)).abs().mean() < (plain - want).abs().mean()
+    assert (got - judged(peer, rounded(peer, form), ids)).abs().mean() < (plain - want).abs().mean()
 
 
 @pytest.mark.parametrize("fields", [{"weights": "int8"}, {"weights": "int4"}, {"kv_dtype": "fp8"}])
@@ -192,6 +197,15 @@ def test_what_a_file_has_in_4_bits_is_taken_as_it_is_beside_what_is_rounded() ->
     exact = stored.dense(torch.float32)
     assert (got[:64] - exact).abs().max() < 2**-8 * 2 * exact.abs().max()  # scales are rounded to bf16
     assert (got[64:128] - dense).square().mean() < 0.01
+
+
+def test_with_4_bits_the_matrices_that_lose_most_have_8_unless_the_file_has_4() -> None:
+    dense = torch.ones(1)
+    forms = {name: form_of(f"layers.0.{name}", dense, "int4") for name in ("q_proj", "v_proj", "up_proj", "down_proj")}
+    assert forms == {"q_proj": "int4", "v_proj": "int8", "up_proj": "int4", "down_proj": "int8"}
+    assert form_of("v_proj", blocks("Q4_1"), "int4") == "int4"
+    assert form_of("v_proj", blocks("Q8_0"), "int4") == "int8"
+    assert form_of("v_proj", dense, "fp8") == "fp8"
 
 
 def test_blocks_of_8_bits_become_rows_of_8_bits() -> None:
