@@ -273,7 +273,11 @@ class _Loader:
     def _quantised(self, names: Sequence[str], bias: bool) -> Linear | Joined:
         sources = {name: self.checkpoint.tensor(f"{name}.weight") for name in names}
         parts: list[Linear] = []
-        for form, alike in groupby(names, lambda name: form_of(name, sources[name], self.weights)):
+
+        def form_wanted(name: str) -> Weights:
+            return form_of(name, sources[name], self.weights)
+
+        for form, alike in groupby(names, form_wanted):
             own = list(alike)
             b = torch.cat([self.tensor(f"{name}.bias") for name in own]) if bias else None
             parts.append(Linear(quantised([(name, sources[name]) for name in own], form, self.device), b))
