@@ -153,6 +153,10 @@ FORMS = (
 )
 
 
+#: The forms of ``--quick``: those of the last line.
+QUICK = ("int8", "only int4", "int4", "gguf's Q4_1", "fp8 KV")
+
+
 @dataclass(slots=True)
 class Loss:
     """Sums over positions of what a form loses."""
@@ -241,13 +245,7 @@ def main() -> None:
     report("baseline", iter(baselines), model.weight_bytes)
     report("transformers", peer_logprobs(path, windows, vocab.size), None)
     for form in FORMS:
-        if args.quick and form.name in (
-            "float16 weights",
-            "int8 of a GPU",
-            "fp8 of a GPU",
-            "gguf's Q8_0",
-            "int4, fp8 KV",
-        ):
+        if args.quick and form.name not in QUICK:
             continue
         model = form.make(source)
         rows = ROWS if form.runs else length
