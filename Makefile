@@ -27,6 +27,7 @@ bench: .venv/ready
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/drafts.py
 	$(BIN)/python bench/sessions.py
+	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/schemas.py
 	$(BIN)/python bench/bfcl.py
 

@@ -4,7 +4,8 @@
 
 Each row is a matrix of SmolLM2-135M. The floor is the bytes of the fp32 matrix over the read bandwidth measured here;
 a matrix that stays in a cache between repetitions beats it, so that small forms look alike here and differ in a model
-(`bench/decode.py`). "plain" is torch's own product of the matrix as checkpoints store it.
+(`bench/decode.py`). "plain" is torch's own product of the matrix as checkpoints store it. "only int4" and "only int8"
+are what `Options(weights=...)` runs: for many rows they widen the matrix piece by piece.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from agentkit.kernels.compact import INT4_ROWS, INT8_ROWS, compact_linear, quantize_rows
 from agentkit.kernels.linear import dense_linear, half_linear, int4_linear, int4_rows, pack_dense, pack_half, pack_int4
 
 SHAPES = {"qkv": (960, 576), "out": (576, 576), "gate, up": (3072, 576), "down": (576, 1536), "head": (49152, 576)}
-ROWS = (1, 4, 8, 16, 64)
+ROWS = (1, 4, 8, 16, 64, 512)
 
 
 def microseconds(run: Callable[[], object], repeats: int) -> float:
@@ -46,18 +48,19 @@ def main() -> None:
     data = torch.zeros(64 << 20)
     bandwidth = data.numel() * 4 / (microseconds(data.sum, 1) * 1e-6)
     print(f"torch {torch.__version__} · {torch.get_num_threads()} threads · reads {bandwidth / 1e9:.1f} GB/s · µs\n")
-    columns = ("floor", "plain", "packed", "bf16 plain", "bf16 packed", "fp16", "int4")
+    columns = ("floor", "plain", "packed", "bf16 plain", "bf16 packed", "fp16", "int4", "only int4", "only int8")
     print(f"{'matrix':<12}{'rows':>5}" + "".join(f"{c:>12}" for c in columns))
     figures: dict[str, dict[str, float]] = {}
     gains: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for name, (outputs, inputs) in SHAPES.items():
-        repeated = max(1, repeats // 50) if name == "head" else repeats
         weight = torch.randn(outputs, inputs)
         small = weight.to(torch.bfloat16)
         packed, small_packed, half = pack_dense(weight), pack_dense(small), pack_half(weight)
         q = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
         nibbles = pack_int4(q, torch.rand(outputs, inputs // 32), torch.rand(outputs, inputs // 32))
+        rounded = quantize_rows(weight)
         for rows in ROWS:
+            repeated = max(1, repeats // (50 if name == "head" else 1) // max(1, rows // 8))
             x = torch.randn(rows, inputs)
             y = x.to(torch.bfloat16)
             forms: dict[str, Callable[[], object]] = {
@@ -66,6 +69,8 @@ def main() -> None:
                 "bf16 plain": lambda x=y, w=small: F.linear(x, w),
                 "bf16 packed": lambda x=y, w=small_packed: dense_linear(x, w),
                 "int4": lambda x=y, w=nibbles: int4_linear(x, w),
+                "only int4": lambda x=y, w=nibbles: compact_linear(x, w),
+                "only int8": lambda x=y, w=rounded: compact_linear(x, w),
             }
             if half is not None:
                 forms["fp16"] = lambda x=x, w=half: half_linear(x, w)
@@ -78,7 +83,10 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=1))
     said = ", ".join(f"{statistics.mean(gain):.1f}x at {rows}" for rows, gain in gains.items())
     limits = f"{int4_rows(torch.bfloat16)} (bf16) and {int4_rows(torch.float32)} (fp32)"
-    print(f"\npacked over plain in fp32: {said} rows (target 1 or more); nibbles are used up to {limits} rows")
+    print(
+        f"\npacked over plain in fp32: {said} rows (target 1 or more); nibbles are used up to {limits} rows, "
+        f"where they are alone up to {INT4_ROWS}, int8 up to {INT8_ROWS}"
+    )
 
 
 if __name__ == "__main__":

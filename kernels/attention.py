@@ -103,10 +103,10 @@ def paged_attention(
 ) -> Tensor:
     """`paged_attention_reference`, without copying any long context.
 
-    On the CPU ``work`` are items, or the layout that was made of them once for all layers, and the pool has the
-    query's dtype. On a GPU it is a plan that was updated for this
-    batch (`agentkit.kernels.plan`); the pool has the query's dtype or is float8_e4m3fn, and a plan with shared
-    prefixes, windows or chosen pages is launched the same way.
+    The pool has the query's dtype or is float8_e4m3fn. On the CPU ``work`` are items, or the layout that was made of
+    them once for all layers, and a pool of fp8 is copied in the query's dtype, context by context: it saves memory and
+    costs time. On a GPU it is a plan that was updated for this batch (`agentkit.kernels.plan`), fp8 is widened in
+    registers, and a plan with shared prefixes, windows or chosen pages is launched the same way.
 
     Raises:
         ValueError: shapes, dtypes, devices or work that do not belong together; it names the argument.
@@ -127,7 +127,7 @@ def paged_attention(
         return paged.attend(query, keys, values, work, scale, key_scale, value_scale)
     if query.device.type != "cpu":
         raise ValueError(f"work: items are for the CPU; {query.device} needs a plan")
-    if keys.dtype != query.dtype:
+    if keys.dtype not in (query.dtype, torch.float8_e4m3fn):
         raise ValueError(f"keys: {keys.dtype} does not fit {query.dtype} on the CPU")
     layout = work if isinstance(work, Layout | Aligned | Windowed) else Layout(work, query.dtype)
     out = layout.attend(query, keys, values, scale * key_scale)

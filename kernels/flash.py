@@ -3,6 +3,9 @@
 A step is laid out once and then used by every layer. Long contexts are read in place, run by run. A call costs more
 than the arithmetic on a few tokens, so decode rows over contexts that are short, or in short runs as they are in a pool
 that has long been full, are gathered and answered by one call together.
+
+A pool in float8_e4m3fn is widened where it is read, since torch's attention takes one dtype: each step copies the
+contexts it attends to, in the query's dtype. That halves or quarters the memory of a context here, not its time.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Layout:
 
     Args:
         work: items whose rows follow each other and cover the batch.
-        dtype: of queries, keys and values.
+        dtype: of queries.
     """
 
     def __init__(self, work: Sequence[Item], dtype: torch.dtype) -> None:
@@ -60,8 +63,8 @@ class Layout:
 
         Args:
             query: ``[t, heads, d]``.
-            keys: ``[slots, kv_heads, d]``.
-            values: ``[slots, kv_heads, d]``.
+            keys: ``[slots, kv_heads, d]``, of the query's dtype or float8_e4m3fn.
+            values: like ``keys``.
             scale: factor on the products.
 
         Returns:
@@ -78,13 +81,19 @@ class Layout:
         return out
 
 
+def selected(pool: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of some tokens of a pool, ``[n, kv_heads, d]``, widened where the pool is in fp8."""
+    words = torch.uint8 if pool.dtype is torch.float8_e4m3fn else pool.dtype  # torch does not select from fp8
+    return pool.view(words).index_select(0, slots).view(pool.dtype).to(dtype)
+
+
 def _scattered(item: Item) -> bool:
     return len(item.runs) > 1 and item.context < _SCATTERED * len(item.runs)
 
 
-def _joined(pool: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """The tokens of some runs, ``[n, kv_heads, d]``; a single run where it lies."""
-    pieces = [pool[first : first + length] for first, length in runs]
+def _joined(pool: Tensor, runs: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """The tokens of some runs, ``[n, kv_heads, d]``; a single run where it lies, if it need not be widened."""
+    pieces = [pool[first : first + length].to(dtype) for first, length in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -100,7 +109,7 @@ class _Gather:
         n, (kv_heads, d) = len(query), keys.shape[1:]
 
         def gather(pool: Tensor) -> Tensor:
-            return pool.index_select(0, self._slots).view(n, -1, kv_heads, d).transpose(1, 2)
+            return selected(pool, self._slots, query.dtype).view(n, -1, kv_heads, d).transpose(1, 2)
 
         q = query.view(n, kv_heads, -1, d)
         mask = self._mask.expand(-1, -1, q.shape[2], -1)
@@ -127,7 +136,9 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, item: Item, scale: floa
     if item.rows > 1:
         return _prefill(query, keys, values, item, scale).view(query.shape)
     q = query.view(1, keys.shape[1], -1, query.shape[2])
-    return merge([_flash(q, _run(keys, run), _run(values, run), scale) for run in item.runs]).view(query.shape)
+    kind = query.dtype
+    parts = [_flash(q, _run(keys, run).to(kind), _run(values, run).to(kind), scale) for run in item.runs]
+    return merge(parts).view(query.shape)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> Part:
@@ -150,13 +161,15 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) 
     past, own = _split(item.runs, item.context - item.rows)
     grouped = q.view(item.rows, kv_heads, -1, d).permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
 
-    def heads(x: Tensor) -> Tensor:  # one kv head serves its group through a stride of zero
+    def heads(pool: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+        x = _joined(pool, runs, q.dtype)
+        # One kv head serves its group through a stride of zero.
         return x.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
     stretches = [past] if past and _scattered(item) else [[run] for run in past]
-    parts = [_flash(grouped, heads(_joined(keys, x)), heads(_joined(values, x)), scale) for x in stretches]
+    parts = [_flash(grouped, heads(keys, x), heads(values, x), scale) for x in stretches]
     # A chunk may straddle runs: its own tokens are put together, being few.
-    parts.append(_flash(grouped, heads(_joined(keys, own)), heads(_joined(values, own)), scale, causal=True))
+    parts.append(_flash(grouped, heads(keys, own), heads(values, own), scale, causal=True))
     return merge(parts).permute(2, 0, 1, 3).reshape(item.rows, kv_heads, -1, d)
 
 

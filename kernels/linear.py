@@ -5,8 +5,7 @@ GGUF's Q4_1 (``w = q * scale + minimum``), and Q4_0 is the same with ``minimum =
 matrix. Where activations are fp32 it is fp16 multiplied in fp32 by fbgemm, which is faster than an fp32 matrix at any
 number of rows; the output head is multiplied so too, because logits are needed in fp32. Where they are bf16, or where
 results have to be exact, it is a matrix of their dtype, put into oneDNN's blocked layout once: the plain product
-reorders it at every call. Weights of 8 bits in groups (Q8_0) are two matrices of 4 bits; torch's own 8-bit product has
-one scale for a row only. `bench/linear.py` prints what each costs.
+reorders it at every call. `bench/linear.py` prints what each costs.
 """
 
 from __future__ import annotations
@@ -103,75 +102,6 @@ def int4_linear(x: Tensor, weight: Int4) -> Tensor:
         ``[t, rows]`` bf16, the precision of the product.
     """
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), weight.nibbles, GROUP, weight.scales)
-
-
-@dataclass(frozen=True, slots=True)
-class Int8:
-    """A packed matrix.
-
-    Attributes:
-        rows: outputs.
-        columns: inputs, a multiple of 32.
-        halves: ``[rows, 2 * columns]``, the high and then the low half of each value; ``w = 16 * high + low``.
-    """
-
-    rows: int
-    columns: int
-    halves: Int4
-
-
-def int8_linear_reference(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """Definition, in fp32: ``x @ (q * scale).T``.
-
-    Args:
-        x: ``[t, k]``.
-        q: ``[n, k]`` int8.
-        scale: ``[n, k / 32]``.
-
-    Returns:
-        ``[t, n]`` fp32.
-    """
-    return x.float() @ (q.float() * scale.float().repeat_interleave(GROUP, 1)).T
-
-
-def pack_int8(q: Tensor, scale: Tensor) -> Int8:
-    """Pack 8-bit values for `int8_linear` on the CPU.
-
-    This takes the fewest bytes, five for four weights. Where two for one are no concern, `half_linear` with the
-    widened matrix is faster and more exact.
-
-    Args:
-        q: ``[n, k]`` int8; ``n`` a multiple of 16, ``k`` of 32.
-        scale: ``[n, k / 32]``, rounded to bf16.
-
-    Raises:
-        ValueError: the shape or dtype cannot be packed; it names the argument.
-    """
-    if q.dtype is not torch.int8:
-        raise ValueError(f"q: {q.dtype}, expected int8")
-    code = q.view(torch.uint8) ^ 0x80  # q + 128
-    scale = scale.float()
-    coarse = 16 * scale
-    halves = pack_int4(
-        torch.cat([code >> 4, code & 0xF], 1),
-        torch.cat([coarse, scale], 1),
-        torch.cat([-128 * scale, torch.zeros_like(scale)], 1),
-    )
-    return Int8(q.shape[0], q.shape[1], halves)
-
-
-def int8_linear(x: Tensor, weight: Int8) -> Tensor:
-    """``x @ W.T`` on the CPU, activations rounded to bf16.
-
-    Args:
-        x: ``[t, columns]`` of any float dtype.
-        weight: the packed matrix.
-
-    Returns:
-        ``[t, rows]`` bf16, the precision of the product.
-    """
-    x = x.to(torch.bfloat16)
-    return int4_linear(torch.cat([x, x], 1), weight.halves)
 
 
 def pack_dense(weight: Tensor) -> Tensor:

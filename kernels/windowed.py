@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agentkit.kernels.flash import Item
+from agentkit.kernels.flash import Item, selected
 from agentkit.kernels.groups import FAR, Window, visible
 
 #: Rows that read one selection of keys. Fewer read less behind their windows, more share what they copy.
@@ -55,10 +55,12 @@ class Windowed:
         kv_heads, d = keys.shape[1:]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for rows, slots, mask in self._blocks:
-            q = query[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
+            q = (
+                query[rows].view(-1, kv_heads, query.shape[1] // kv_heads, d).permute(1, 2, 0, 3)
+            )  # [kv_heads, group, rows, d]
 
             def heads(pool: Tensor, slots: Tensor = slots, group: int = q.shape[1]) -> Tensor:
-                return pool.index_select(0, slots).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+                return selected(pool, slots, query.dtype).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
 
             y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, heads(keys), heads(values), 0.0, False, attn_mask=mask, scale=scale
@@ -73,4 +75,4 @@ def _seen(window: Window, first: int, stop: int, page_size: int) -> Tensor:
     parts = [torch.arange(min(window.sinks, near)), torch.arange(near, stop)]
     for page in range(window.every or FAR, near // page_size + 2, window.every or FAR):
         parts.append(torch.arange((page - 1) * page_size, min(page * page_size, near)))
-    return torch.cat(parts).unique()
+    return torch.cat(parts).unique()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

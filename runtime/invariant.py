@@ -63,10 +63,21 @@ class InvariantRunner(TorchRunner):
         page_size: int,
         step_tokens: int,
         running: int,
+        *,
         tokens: int | None = None,
         host_pages: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(model, pages, page_size, step_tokens, running, tokens, host_pages)
+        super().__init__(
+            model,
+            pages,
+            page_size,
+            step_tokens,
+            running,
+            tokens=tokens,
+            host_pages=host_pages,
+            kv_dtype=kv_dtype,
+        )
         self.heights: tuple[int, ...] = _HEIGHTS
         if self._attention is not None:
             self._attention = _attention(model, pages, page_size, running)

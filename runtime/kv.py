@@ -35,6 +35,7 @@ class KVFormat:
         head_dim: of a head.
         rope: the rotary embedding that the keys have been turned by.
         exact: whether the weights were used as they are, without `Options.packed`.
+        weights: what they were quantised to.
         attention: how the prompts were read.
         layout: the order of the values.
     """
@@ -46,6 +47,7 @@ class KVFormat:
     head_dim: int
     rope: str
     exact: bool
+    weights: str = "auto"
     attention: str = "dense"
     layout: str = _LAYOUT
 
@@ -69,7 +71,9 @@ class PagedKV:
         c = model.config
         rope = f"theta {c.rope_theta!r}, {c.rope_scaling!r}"
         dtype = str(kv.dtype).removeprefix("torch.")
-        self.format = KVFormat(dtype, page_size, c.layers, c.kv_heads, c.head_dim, rope, not model.packed)
+        self.format = KVFormat(
+            dtype, page_size, c.layers, c.kv_heads, c.head_dim, rope, not model.packed, model.weights
+        )
         self.dtype = kv.dtype
         self.block_shape = (c.layers, page_size, 2, c.kv_heads, c.head_dim)
         self._kv, self._page_size = kv, page_size

@@ -17,6 +17,7 @@ from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
 from agentkit.runtime.invariant import InvariantRunner
 from agentkit.runtime.model import Model
+from agentkit.runtime.quantise import Weights, check_fp8, check_weights
 from agentkit.runtime.runner import TorchRunner
 from agentkit.runtime.sparse import Sparse, SparseRunner
 from agentkit.runtime.vocab import Vocabulary
@@ -39,6 +40,11 @@ class Options:
             emulates bfloat16 and a product takes several times as long.
         packed: on the CPU, use 4-bit GGUF weights as they are for steps of few rows where that is faster, and fp16
             weights instead of fp32 ones; off for exact comparison.
+        weights: quantise the matrices of the layers while loading: ``int8`` or ``int4``, or ``fp8`` on a GPU. They are
+            then kept in this form alone. ``auto`` leaves them as they are stored. What it costs is in
+            docs/quantised.md.
+        kv_dtype: ``fp8`` keeps keys and values in 8 bits (e4m3): half or a quarter of the memory of a context. On the
+            CPU it also costs time, since they are widened for every step. ``auto`` is the dtype of activations.
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
             GPU: nine tenths of it).
@@ -58,6 +64,8 @@ class Options:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     packed: bool = True
+    weights: Weights = "auto"
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     context: int | None = None
     kv_bytes: int | None = None
     host_kv_bytes: int = 0
@@ -79,7 +87,7 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
         name: for messages; the path by default.
 
     Raises:
-        ModelError: the checkpoint cannot be read.
+        ModelError: the checkpoint cannot be read, or an option does not fit it or this machine.
         CapacityError: the KV pool would be smaller than one page, or the context larger than model or pool.
     """
     options = options or Options()
@@ -90,6 +98,8 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
         raise ModelError(f"attention {options.attention!r} is not known; use dense or sparse")
     if options.invariant and options.attention == "sparse":
         raise ModelError("invariant=True has no sparse attention: leave out one of the two")
+    if options.invariant and (options.weights != "auto" or options.kv_dtype != "auto"):
+        raise ModelError("invariant=True is for weights and KV as they are: leave out weights and kv_dtype")
     # Loading runs parallel loops. Had they run on the caller's thread, its team of OpenMP threads would live on beside
     # the engine's, and with more threads than cores libgomp lets them sleep between loops instead of spinning: a decode
     # step then takes twice as long (`bench/decode.py`). A thread that ends takes its team with it.
@@ -107,11 +117,13 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
 def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabulary, Sizes]:
     device = choose_device(options.device)
     dtype = choose_dtype(device) if options.dtype == "auto" else _DTYPES[options.dtype]
+    check_weights(options.weights, options.packed, device)
+    kv_dtype = choose_kv_dtype(options.kv_dtype, device, dtype)
     checkpoint = open_checkpoint(path)
     vocab = checkpoint.vocabulary()
-    model = Model(checkpoint, device, dtype, options.packed)
+    model = Model(checkpoint, device, dtype, options.packed, options.weights)
     config = checkpoint.config
-    token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+    token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * kv_dtype.itemsize
     page_size = options.page_size or (64 if device.type == "cuda" else 16)
     pages = _tokens(options, config.max_positions, token_bytes, device) // page_size
     if pages < 1:
@@ -141,10 +153,19 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         sparse=options.attention == "sparse",
         host_pages=host_pages,
     )
-    make = InvariantRunner if options.invariant else TorchRunner
+    make: type[TorchRunner] | partial[SparseRunner] = InvariantRunner if options.invariant else TorchRunner
     if options.attention == "sparse":
         make = partial(SparseRunner, sparse=options.sparse)
-    runner = make(model, pages, page_size, options.step_tokens, options.running, vocab.size, host_pages)
+    runner = make(
+        model,
+        pages,
+        page_size,
+        options.step_tokens,
+        options.running,
+        tokens=vocab.size,
+        host_pages=host_pages,
+        kv_dtype=kv_dtype,
+    )
     return runner, vocab, sizes
 
 
@@ -164,6 +185,19 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     """The dtype that is fastest on a device."""
     native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     return torch.bfloat16 if native else torch.float32
+
+
+def choose_kv_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of keys and values under activations of ``dtype``. ModelError if it cannot be used here."""
+    if name == "auto":
+        return dtype
+    if name != "fp8":
+        raise ModelError(f"kv_dtype {name!r} is not known; use auto or fp8")
+    if device.type == "cuda":
+        check_fp8("kv_dtype", device, "Leave kv_dtype out.")
+        if dtype is torch.float32:
+            raise ModelError("kv_dtype='fp8' has no kernel for activations in float32; use dtype='bfloat16'")
+    return torch.float8_e4m3fn
 
 
 def _tokens(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:

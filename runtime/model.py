@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Parts, Work, paged_attention
 from agentkit.kernels.cache import HeadNorms, rotate_and_write
+from agentkit.kernels.compact import Int8, compact_linear
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.linear import (
     Int4,
@@ -31,10 +32,11 @@ from agentkit.kernels.linear import (
 )
 from agentkit.kernels.norm import add_rms_norm, rms_norm
 from agentkit.kernels.plan import Plan
-from agentkit.kernels.quant import BlockKind, Quantised, from_blocks, quant_linear
+from agentkit.kernels.quant import Quantised, quant_linear
 from agentkit.kernels.rope import angles
 from agentkit.kernels.silu import silu_mul
 from agentkit.kernels.windowed import Windowed
+from agentkit.runtime.quantise import Weights, form_of, from_file, join, quantised
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
 
@@ -66,7 +68,7 @@ class Linear:
     """``y = x @ W.T + b`` with a matrix as it was loaded.
 
     Args:
-        weight: ``[outputs, inputs]``, dense or quantised.
+        weight: ``[outputs, inputs]``, dense or quantised; on the CPU Int4 or Int8.
         bias: ``[outputs]``.
         nibbles: the same matrix in 4 bits, for steps of few rows on the CPU; they come out in bf16.
         half: on the CPU, allow fp16 in place of fp32.
@@ -76,7 +78,11 @@ class Linear:
     """
 
     def __init__(
-        self, weight: Tensor | Quantised, bias: Tensor | None = None, nibbles: Int4 | None = None, half: bool = False
+        self,
+        weight: Tensor | Quantised | Int4 | Int8,
+        bias: Tensor | None = None,
+        nibbles: Int4 | None = None,
+        half: bool = False,
     ) -> None:
         self._bias, self._nibbles = bias, nibbles
         self._few = int4_rows(weight.dtype) if isinstance(weight, Tensor) else 0
@@ -90,14 +96,31 @@ class Linear:
         return self._product(x)
 
 
-def _product(weight: Tensor | Quantised, bias: Tensor | None, half: bool) -> tuple[Callable[[Tensor], Tensor], int]:
+def _product(
+    weight: Tensor | Quantised | Int4 | Int8, bias: Tensor | None, half: bool
+) -> tuple[Callable[[Tensor], Tensor], int]:
     """The product with a matrix in the form that is fastest where it lies, and the bytes of that form."""
     if isinstance(weight, Quantised):
         return partial(quant_linear, matrix=weight, bias=bias), weight.nbytes
+    if isinstance(weight, Int4):
+        return partial(compact_linear, weight=weight, bias=bias), _bytes(weight.nibbles, weight.scales)
+    if isinstance(weight, Int8):
+        return partial(compact_linear, weight=weight, bias=bias), _bytes(weight.values, weight.scale)
     packed = pack_half(weight) if half and weight.dtype is torch.float32 else None
     if packed is not None:
         return partial(_half, weight=packed, bias=bias), 2 * weight.numel()
     return partial(dense_linear, weight=pack_dense(weight), bias=bias), _bytes(weight)
+
+
+class Joined:
+    """Products of one input, side by side: matrices that are kept in different forms."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self._parts = parts
+        self.weight_bytes = sum(part.weight_bytes for part in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], 1)
 
 
 def _half(x: Tensor, weight: torch.ScriptObject, bias: Tensor | None) -> Tensor:
@@ -135,12 +158,12 @@ class Layer:
     """Weights of one block."""
 
     attention_norm: Tensor
-    qkv: Linear
+    qkv: Linear | Joined
     head_norms: HeadNorms | None
-    out: Linear
+    out: Linear | Joined
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | Joined
+    down: Linear | Joined
 
 
 class Model:
@@ -149,22 +172,32 @@ class Model:
     Args:
         checkpoint: where configuration and weights come from.
         device: where to run.
-        dtype: of activations, weights and KV.
+        dtype: of activations and dense weights.
         packed: use GGUF weights of 4 and 8 bits as they are on a GPU; on a CPU those of 4 bits for steps of few rows,
             and fp16 in place of fp32.
+        weights: the form that the matrices of the layers are quantised to. Embedding and head stay as they are: logits
+            are needed in fp32, and the products of quantised matrices give activations.
 
     Attributes:
         config: the shape.
         digest: of the checkpoint.
+        weights: the form of the layers' matrices.
         kv_shape: ``(2, kv_heads, head_dim)``, what one token stores in one layer.
         weight_bytes: bytes that one decode step of one row reads.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        packed: bool,
+        weights: Weights = "auto",
+    ) -> None:
         self.config = checkpoint.config
-        self.device, self.dtype, self.packed = device, dtype, packed
+        self.device, self.dtype, self.packed, self.weights = device, dtype, packed, weights
         self.digest = checkpoint.digest
-        load = _Loader(checkpoint, device, dtype, packed)
+        load = _Loader(checkpoint, device, dtype, packed, weights)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
         self.layers = [load.layer(i) for i in range(self.config.layers)]
@@ -225,25 +258,43 @@ class Model:
 class _Loader:
     """Reads the tensors of a checkpoint into the forms the forward pass wants."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool, weights: Weights
+    ) -> None:
         self.checkpoint, self.device, self.dtype, self.packed = checkpoint, device, dtype, packed
+        self.weights: Weights = weights
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         source = self.checkpoint.tensor(name)
         dense = source.dense(dtype or self.dtype) if isinstance(source, Blocks) else source
         return dense.to(device=self.device, dtype=dtype or self.dtype)
 
-    def linear(self, *names: str, bias: bool = False) -> Linear:
-        """One product for several matrices of the same input."""
+    def linear(self, *names: str, bias: bool = False) -> Linear | Joined:
+        """One product for several matrices of the same input, or one for each form that they are quantised to."""
+        if self.weights != "auto":
+            return self._quantised(names, bias)
         b = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
         sources = [self.checkpoint.tensor(f"{name}.weight") for name in names]
         if self.packed and self.device.type == "cuda":
-            quantised = _quantised(sources, self.device)
-            if quantised is not None:
-                return Linear(quantised, b)
+            stored = _quantised(sources, self.device)
+            if stored is not None:
+                return Linear(stored, b)
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         on_cpu = self.packed and self.device.type == "cpu"
         return Linear(weight, b, _int4(sources) if on_cpu else None, on_cpu)
+
+    def _quantised(self, names: Sequence[str], bias: bool) -> Linear | Joined:
+        sources = {name: self.checkpoint.tensor(f"{name}.weight") for name in names}
+        parts: list[Linear] = []
+
+        def form_wanted(name: str) -> Weights:
+            return form_of(name, sources[name], self.weights)
+
+        for form, alike in groupby(names, form_wanted):
+            own = list(alike)
+            b = torch.cat([self.tensor(f"{name}.bias") for name in own]) if bias else None
+            parts.append(Linear(quantised([(name, sources[name]) for name in own], form, self.device), b))
+        return parts[0] if len(parts) == 1 else Joined(parts)
 
     def layer(self, index: int) -> Layer:
         c, at = self.checkpoint.config, f"model.layers.{index}."
@@ -277,12 +328,11 @@ def _int4(sources: Sequence[Tensor | Blocks]) -> Int4 | None:
 
 def _quantised(sources: Sequence[Tensor | Blocks], device: torch.device) -> Quantised | None:
     """Matrices of one quantised form, one below the other, for a GPU; None if their forms differ or have no kernel."""
-    blocks = [source for source in sources if isinstance(source, Blocks)]
-    kinds = {source.kind for source in blocks}
-    if len(blocks) < len(sources) or len(kinds) != 1 or not kinds <= {"Q4_0", "Q4_1", "Q8_0"}:
+    parts = [from_file(source) for source in sources if isinstance(source, Blocks)]
+    forms = [part for part in parts if part is not None]
+    if len(forms) < len(sources) or len({form.kind for form in forms}) != 1:
         return None
-    data = torch.cat([source.data for source in blocks])
-    return from_blocks(cast("BlockKind", kinds.pop()), data).to(device)
+    return join(forms).to(device)
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -83,6 +83,11 @@ class TorchRunner:
         running: most sequences in one step.
         tokens: ids below this are tokens, the others pad the model's table; all by default.
         host_pages: pages in the host's memory for those that the pool has no room for.
+        kv_dtype: of keys and values, the model's dtype by default. In float8_e4m3fn they are stored as they are, with
+            scales of 1: a format with an exponent needs none as long as nothing exceeds 448.
+
+    Attributes:
+        kv: ``[layers, slots, 2, kv_heads, head_dim]``, the pool; its dtype is that of the KV.
     """
 
     def __init__(
@@ -92,16 +97,20 @@ class TorchRunner:
         page_size: int,
         step_tokens: int,
         running: int,
+        *,
         tokens: int | None = None,
         host_pages: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
-            (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
+            (model.config.layers, pages * page_size, *model.kv_shape),
+            dtype=kv_dtype or model.dtype,
+            device=model.device,
         )
         self._memory = PagedKV(model, self.kv, page_size, host_pages)
-        self._attention = None
+        self._attention: AttentionPlan | None = None
         if model.device.type == "cuda":
             c = model.config
             shape = Shape(c.heads, c.kv_heads, c.head_dim, page_size, pages)

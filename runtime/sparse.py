@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from agentkit.kernels.attention import Parts, Work
@@ -73,12 +74,22 @@ class SparseRunner(TorchRunner):
         page_size: int,
         step_tokens: int,
         running: int,
-        tokens: int | None = None,
-        host_pages: int = 0,
         *,
         sparse: Sparse,
+        tokens: int | None = None,
+        host_pages: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(model, pages, page_size, step_tokens, running, tokens, host_pages)
+        super().__init__(
+            model,
+            pages,
+            page_size,
+            step_tokens,
+            running,
+            tokens=tokens,
+            host_pages=host_pages,
+            kv_dtype=kv_dtype,
+        )
         layers = model.config.layers
         self.sparse, self.layer = sparse, layers // 2 if sparse.layer is None else sparse.layer
         if not 0 <= self.layer < layers:

@@ -81,8 +81,10 @@ class Blocks:
 
         Returns:
             q uint8 [rows, columns] of 0..15; scale and minimum float32 [rows, columns / 32]. The product is
-            exact in float32 (11 significant bits times 4), so the sum is rounded once, as in `dense`.
+            exact in float32 (at most 17 significant bits times 4), so the sum is rounded once, as in `dense`.
         """
+        if self.kind == "Q4_K":
+            return self._nibbles_of_super_blocks()
         if self.kind not in ("Q4_0", "Q4_1"):
             return None
         rows, columns = self.shape
@@ -94,6 +96,22 @@ class Blocks:
         q = torch.cat([codes & 0xF, codes >> 4], dim=-1).view(rows, columns)
         scale = halves[..., 0]
         return q, scale, halves[..., 1] if self.kind == "Q4_1" else -8.0 * scale
+
+    def _nibbles_of_super_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`nibbles` of Q4_K: 256 elements share two float16 factors, by which each 32 scale 6 bits of their own."""
+        rows, columns = self.shape
+        blocks = self.data.view(rows, columns // 256, 144)
+        factors = blocks[..., :4].contiguous().view(torch.float16).float()
+        # Twelve bytes: the low 6 bits of four scales, of four minima, and four times the low 4 bits of another scale
+        # and minimum, whose high 2 bits lie above the first eight.
+        first, second, third = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+        scale = torch.cat([first & 0x3F, third & 0xF | first >> 6 << 4], dim=-1)
+        minimum = torch.cat([second & 0x3F, third >> 4 | second >> 6 << 4], dim=-1)
+        codes = blocks[..., 16:].reshape(
+            rows, columns // 256, 4, 32
+        )  # low halves are one group of 32, high halves the next
+        q = torch.stack([codes & 0xF, codes >> 4], dim=-2).view(rows, columns)
+        return q, (factors[..., :1] * scale).flatten(1), (-factors[..., 1:] * minimum).flatten(1)
 
 
 # `gguf` is imported where its blocks are read: the model itself needs none of it.

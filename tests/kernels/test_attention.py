@@ -36,11 +36,12 @@ def works(draw: st.DrawFn) -> tuple[Work, ...]:
     work=works(),
     shape=st.sampled_from([(9, 3, 64), (4, 4, 32), (8, 2, 16)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    fp8=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_tiled_form_equals_its_definition(
-    work: tuple[Work, ...], shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+    work: tuple[Work, ...], shape: tuple[int, int, int], dtype: torch.dtype, fp8: bool, seed: int
 ) -> None:
     heads, kv_heads, dim = shape
     generator = torch.Generator().manual_seed(seed)
@@ -49,9 +50,12 @@ def test_tiled_form_equals_its_definition(
     pool = torch.randn(SLOTS, 2, kv_heads, dim, generator=generator).to(dtype)
     used = {slot for item in work for first, length in item.runs for slot in range(first, first + length)}
     pool[[slot for slot in range(SLOTS) if slot not in used]] = torch.nan  # nothing outside the runs may be read
-    got = paged_attention(query, pool[:, 0], pool[:, 1], work, dim**-0.5)
-    want = paged_attention_reference(query.double(), pool[:, 0].double(), pool[:, 1].double(), work, dim**-0.5)
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    scales = (0.5, 2.0) if fp8 else (1.0, 1.0)
+    pool = pool.to(torch.float8_e4m3fn) if fp8 else pool
+    got = paged_attention(query, pool[:, 0], pool[:, 1], work, dim**-0.5, *scales)
+    wide = pool.double()
+    want = paged_attention_reference(query.double(), wide[:, 0], wide[:, 1], work, dim**-0.5, *scales)
+    tolerance = (1e-5 if dtype is torch.float32 else 2e-2) * scales[1]
     assert not got.isnan().any()
     assert (got.double() - want).abs().max() < tolerance
 

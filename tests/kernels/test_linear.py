@@ -1,4 +1,4 @@
-"""The 4-bit and 8-bit products, the norm and the rotation, each against its definition."""
+"""The 4-bit and fp16 products, the norm and the rotation, each against its definition."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from agentkit.kernels.linear import (
     half_linear,
     int4_linear,
     int4_linear_reference,
-    int8_linear,
-    int8_linear_reference,
     pack_dense,
     pack_half,
     pack_int4,
-    pack_int8,
 )
 from agentkit.kernels.norm import rms_norm, rms_norm_reference
 from agentkit.kernels.rope import angles, rotate_, rotate_reference
@@ -44,38 +41,6 @@ def test_shapes_that_cannot_be_packed_are_refused(shape: tuple[int, int]) -> Non
 def test_scales_of_the_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="^scale, minimum:"):
         pack_int4(torch.zeros((16, 64), dtype=torch.uint8), torch.zeros(16, 1), torch.zeros(16, 1))
-
-
-@pytest.mark.parametrize("shape", [(16, 32), (64, 96), (960, 576), (48, 1536)])
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_int8_linear_equals_its_definition_up_to_bf16_scales(shape: tuple[int, int], rows: int) -> None:
-    torch.manual_seed(0)
-    q = torch.randint(-128, 128, shape, dtype=torch.int8)
-    scale = (torch.rand(shape[0], shape[1] // 32) / 500).to(torch.bfloat16)
-    x = torch.randn(rows, shape[1]).to(torch.bfloat16)
-    packed = pack_int8(q, scale)
-    got = int8_linear(x.float(), packed)
-    want = int8_linear_reference(x, q, scale)
-    assert (packed.rows, packed.columns) == shape
-    assert got.dtype is torch.bfloat16
-    assert (got - want).norm() / want.norm() < 4e-3  # half a unit in the last place of bf16
-
-
-def test_every_8_bit_value_is_multiplied_exactly() -> None:
-    q = torch.arange(-128, 128).to(torch.int8).view(16, 16).repeat(1, 2)
-    packed = pack_int8(q, torch.full((16, 1), 0.25))
-    assert torch.equal(int8_linear(torch.eye(32), packed), q.T * 0.25)
-
-
-@pytest.mark.parametrize("q", [torch.zeros(15, 32).char(), torch.zeros(16, 40).char(), torch.zeros(16, 32).byte()])
-def test_8_bit_values_that_cannot_be_packed_are_refused(q: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="^q:"):
-        pack_int8(q, torch.zeros(q.shape[0], 1))
-
-
-def test_8_bit_scales_of_the_wrong_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match="^scale"):
-        pack_int8(torch.zeros(16, 64, dtype=torch.int8), torch.zeros(16, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 130])
