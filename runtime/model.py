@@ -31,7 +31,7 @@ from agentkit.kernels.linear import (
 from agentkit.kernels.norm import add_rms_norm, rms_norm
 from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import BlockKind, Quantised, from_blocks, quant_linear
-from agentkit.kernels.rope import angles
+from agentkit.kernels.rope import angles, whole
 from agentkit.kernels.silu import silu_mul
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
@@ -156,6 +156,8 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool) -> None:
         self.config = checkpoint.config
         self.device, self.dtype = device, dtype
+        # The CPU's norms compute in fp32, so that a stream of fewer bits would only be widened for each.
+        self.stream_dtype = torch.float32 if device.type == "cpu" else dtype
         load = _Loader(checkpoint, device, dtype, packed)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
@@ -182,12 +184,15 @@ class Model:
             kv: ``[layers, slots, 2, kv_heads, head_dim]``, written at ``batch.slots``.
 
         Returns:
-            ``[t, hidden]``, what the last layer gives, as `logits` takes it.
+            ``[t, hidden]``, what the last layer gives, as `logits` takes it; on the CPU fp32.
         """
         cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
+        if self.device.type == "cpu":
+            cos, sin = whole(cos, sin, self.dtype)
         eps = self.config.norm_eps
         stream = F.embedding(batch.ids, self.embedding)
         x = rms_norm(stream, self.layers[0].attention_norm, eps)
+        stream = stream.to(self.stream_dtype)
         following = [*(layer.attention_norm for layer in self.layers[1:]), None]
         for layer, cache, norm in zip(self.layers, kv, following, strict=True):
             x = self._attention(layer, x, cos, sin, batch, cache)
