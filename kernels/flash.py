@@ -18,6 +18,10 @@ from torch import Tensor
 _SHORT = 256
 #: From this many such rows on.
 _MANY = 4
+#: From this many tokens on a run is fetched before it is attended to: see `_fetch`.
+_FETCHED = 64
+#: Tokens of a run that are fetched and attended to at once, few enough to stay in a cache between the two.
+_STRETCH = 4096
 #: Any other context is gathered if its runs have fewer tokens than this on average: each costs a call and a merge.
 _SCATTERED = 128
 
@@ -127,12 +131,37 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, item: Item, scale: floa
     if item.rows > 1:
         return _prefill(query, keys, values, item, scale).view(query.shape)
     q = query.view(1, keys.shape[1], -1, query.shape[2])
-    return merge([_flash(q, _run(keys, run), _run(values, run), scale) for run in item.runs]).view(query.shape)
+    parts: list[Part] = []
+    for run in _stretches(item.runs):
+        if run[1] >= _FETCHED:
+            _fetch(keys, run)
+        parts.append(_flash(q, _run(keys, run), _run(values, run), scale))
+    return merge(parts).view(query.shape)
+
+
+def _stretches(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The runs, none longer than a stretch."""
+    return [
+        (at, min(_STRETCH, first + length - at))
+        for first, length in runs
+        for at in range(first, first + length, _STRETCH)
+    ]
+
+
+def _fetch(pool: Tensor, run: tuple[int, int]) -> None:
+    """Bring a run of slots, keys and values alike where they lie side by side, into the caches.
+
+    The tiled kernel takes one head after another, a piece out of each slot, and waits for memory at nearly every one.
+    Memory read once in its own order is there when the kernel comes: from 64 tokens on both take half the time.
+    """
+    first, length = run
+    slot, _, _ = pool.stride()
+    pool.as_strided(((length - 1) * slot + 1,), (1,), pool.storage_offset() + first * slot).sum()
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> Part:
     """Torch's tiled attention, ``[b, h, rows, d]`` against ``[b, h, n, d]``, and its log-sum-exp."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 def _run(pool: Tensor, run: tuple[int, int]) -> Tensor:

@@ -210,7 +210,8 @@ class Model:
         c = self.config
         heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
         query = rotate_and_write(heads, cos, sin, batch.slots, cache, layer.head_norms)
-        y = paged_attention(query, cache[:, 0], cache[:, 1], batch.work, c.head_dim**-0.5)
+        keys, values = cache.unbind(1)
+        y = paged_attention(query, keys, values, batch.work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))
 
 

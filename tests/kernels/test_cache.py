@@ -16,7 +16,7 @@ from agentkit.kernels.cache import (
     rotate_and_write,
     rotate_and_write_reference,
 )
-from agentkit.kernels.rope import angles, rotate_reference, whole
+from agentkit.kernels.rope import angles, whole
 from tests.kernels.rule import assert_as_exact
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
