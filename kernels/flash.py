@@ -73,6 +73,8 @@ class Layout:
         """
         if not self._gathers and len(self._others) == 1:
             return _attend(query, keys, values, self._others[0], scale)
+        if not self._others and len(self._gathers) == 1:
+            return self._gathers[0].attend(query, keys, values, scale)  # it has all rows, in order
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for item in self._others:
             rows = query.narrow(0, item.start, item.rows)
