@@ -1,6 +1,10 @@
-"""Prefill and decode of the embedded model: ours beside transformers' ``generate`` and the floor, in one run.
+"""Prefill and decode of the embedded model: ours beside llama.cpp, transformers and the floor, in one run.
 
     python bench/decode.py [--quick] [--json FILE] [--model PATH.gguf]
+
+All read the same GGUF file, use the same threads and decode the same prompts greedily, in turn: a round measures each
+once, and what is compared are medians over rounds of ratios within a round, because a shared machine's speed drifts.
+Each is a process of its own, so that the threads of one cannot keep the cores from another.
 
 The floor of a decode step is the bytes of weights it reads over the read bandwidth measured here, now; that of prefill
 the operations over the rate of torch's own fp32 or bf16 product, whichever is faster here.
@@ -9,42 +13,170 @@ the operations over the rate of torch's own fp32 or bf16 product, whichever is f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 import torch
 
 from agentkit.models import resolve
-from agentkit.runtime.engine import Engine
 from agentkit.runtime.load import Options, choose_dtype, load_engine
 from agentkit.runtime.request import Request
 
 TEXT = (
     "The history of the city begins with a small harbour, where traders met twice a year to exchange salt for cloth. "
 )
+COLUMNS = ("prefill", "decode", "decode at 1K", "16 at once")
+#: What a request of each size has in its context before the tokens that are counted.
+EMPTY, LONG = 16, 1024
 
 
-def best(run: Callable[[], float], times: int) -> float:
-    """Median of a few runs; machines are shared, a single run says little."""
+class Contestant(Protocol):
+    """One that decodes."""
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+        """Decode ``new`` tokens after each prompt: seconds until all have their first, and seconds for the rest."""
+        ...
+
+
+class Ours:
+    def __init__(self, path: Path) -> None:
+        self.engine = load_engine(path, Options(drafts=False))
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+        return anyio.run(self._run, prompts, new)
+
+    async def _run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+        firsts: list[float] = []
+        begin = time.perf_counter()
+
+        async def one(ids: list[int]) -> None:
+            async with self.engine.generate(Request(ids, max_tokens=new, ignore_end=True)) as generation:
+                async for _ in generation:
+                    if len(generation.ids) == 1:
+                        firsts.append(time.perf_counter() - begin)
+
+        async with anyio.create_task_group() as group:
+            for ids in prompts:
+                group.start_soon(one, ids)
+        return max(firsts), time.perf_counter() - begin - max(firsts)
+
+
+class LlamaCpp:
+    def __init__(self, path: Path) -> None:
+        from llama_cpp import Llama
+
+        threads = torch.get_num_threads()
+        self.model: Any = Llama(
+            str(path), n_ctx=2 * LONG, n_batch=LONG, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+        (ids,) = prompts
+        self.model.reset()
+        begin = time.perf_counter()
+        tokens = self.model.generate(ids, top_k=1, temp=0.0)
+        next(tokens)
+        first = time.perf_counter()
+        for _ in range(new - 1):
+            next(tokens)
+        return first - begin, time.perf_counter() - first
+
+
+class Transformers:
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        # Where a CPU does not multiply bfloat16, torch emulates it at a tenth of the speed: that would be no peer.
+        dtype = choose_dtype(torch.device("cpu"))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+        times = _Times()
+        inputs = torch.tensor([*prompts])
+        with torch.inference_mode():
+            self.model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, min_new_tokens=new,
+                max_new_tokens=new, pad_token_id=0, streamer=times,
+            )  # fmt: skip
+        begin, first, *rest = times.seen
+        return first - begin, (rest or [first])[-1] - first
+
+
+class _Times:
+    """What transformers calls a streamer: told of the prompt and then of each token."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.seen.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+CONTESTANTS: dict[str, type[Ours] | type[LlamaCpp] | type[Transformers]] = {
+    "ours": Ours,
+    "llama.cpp": LlamaCpp,
+    "transformers": Transformers,
+}
+
+
+@cache
+def contestant(name: str, path: Path) -> Contestant:
+    """The only one of its process."""
+    return CONTESTANTS[name](path)
+
+
+def run(name: str, path: Path, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    return contestant(name, path).run(prompts, new)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of our engine from outside a measurement."""
+
+    prompt: list[int]
+    weight_bytes: int
+    operations: int
+
+
+def facts(path: Path) -> Facts:
+    """A prompt, the bytes a decode step reads and the operations a token of prefill takes."""
+    engine = contestant("ours", path).engine  # pyright: ignore
+    c = engine.runner.model.config
+    linear = c.layers * c.hidden * ((c.heads * 2 + c.kv_heads * 2) * c.head_dim + 3 * c.intermediate)
+    return Facts(engine.vocab.encode(TEXT * 100)[:LONG], engine.runner.weight_bytes, 2 * linear)
+
+
+def median(run: Any, times: int) -> float:
     return statistics.median(run() for _ in range(times))
 
 
 def bandwidth() -> float:
     """Bytes a second that a sum over 512 MB reads."""
     data = torch.zeros(128 << 20)
-    data.sum()
 
-    def run() -> float:
+    def once() -> float:
         begin = time.perf_counter()
         data.sum()
         return data.numel() * 4 / (time.perf_counter() - begin)
 
-    return best(run, 5)
+    once()
+    return median(once, 5)
 
 
 def rate() -> tuple[float, str]:
@@ -52,120 +184,102 @@ def rate() -> tuple[float, str]:
     results: dict[str, float] = {}
     for dtype in {torch.float32, choose_dtype(torch.device("cpu"))}:
         a = torch.randn(2048, 2048).to(dtype)
-        a @ a
 
-        def run(a: torch.Tensor = a) -> float:
+        def once(a: torch.Tensor = a) -> float:
             begin = time.perf_counter()
             a @ a
             return 2 * 2048**3 / (time.perf_counter() - begin)
 
-        results[str(dtype).removeprefix("torch.")] = best(run, 3)
+        once()
+        results[str(dtype).removeprefix("torch.")] = median(once, 3)
     name = max(results, key=lambda key: results[key])
     return results[name], name
 
 
-async def ours(engine: Engine, prompt: list[int], tokens: int, count: int = 1) -> tuple[float, float]:
-    """Seconds to the first token and seconds for the rest, of ``count`` requests at once."""
-    firsts: list[float] = []
-    begin = time.perf_counter()
+class Round:
+    """Measures every contestant once."""
 
-    async def one(index: int) -> None:
-        ids = [index + 300, *prompt]  # each its own first token, so that nothing is shared
-        async with engine.generate(Request(ids, max_tokens=tokens, ignore_end=True)) as generation:
-            async for _ in generation:
-                if len(generation.ids) == 1:
-                    firsts.append(time.perf_counter() - begin)
+    def __init__(self, names: Sequence[str], path: Path, new: int) -> None:
+        self.names, self.path, self.new = names, path, new
+        spawn = get_context("spawn")
+        self._processes = {name: ProcessPoolExecutor(1, spawn) for name in (*names, "floor")}
+        self.facts = self._on("ours", facts, path)
+        self._taken = 400
+        for name in names:
+            self._time(name, EMPTY, 8)
 
-    async with anyio.create_task_group() as group:
-        for index in range(count):
-            group.start_soon(one, index + 20 * len(prompt) % 1000)
-    return max(firsts), time.perf_counter() - begin - max(firsts)
+    def __call__(self) -> dict[str, dict[str, float]]:
+        """Tokens a second, for each contestant and column."""
+        figures: dict[str, dict[str, float]] = {name: {} for name in self.names}
+        for name in self.names:
+            first, rest = self._time(name, LONG, self.new)
+            figures[name] |= {"prefill": LONG / first, "decode at 1K": (self.new - 1) / rest}
+        for name in self.names:
+            figures[name]["decode"] = (self.new - 1) / self._time(name, EMPTY, self.new)[1]
+        figures["ours"]["16 at once"] = 16 * (self.new - 1) / self._time("ours", EMPTY, self.new, 16)[1]
+        return figures
+
+    def floor(self) -> tuple[float, tuple[float, str]]:
+        return self._on("floor", bandwidth), self._on("floor", rate)
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.shutdown()
+
+    def _time(self, name: str, length: int, new: int, count: int = 1) -> tuple[float, float]:
+        prompts: list[list[int]] = []
+        for _ in range(count):
+            self._taken += 1  # a first token that no other prompt has, so that nothing is found in a cache
+            prompts.append([self._taken, *self.facts.prompt[: length - 1]])
+        return self._on(name, run, name, self.path, prompts, new)
+
+    def _on(self, name: str, function: Any, *args: Any) -> Any:
+        return self._processes[name].submit(function, *args).result()
 
 
-def measure_ours(engine: Engine, prompt: list[int], new: int, times: int) -> dict[str, float]:
-    empty, seed = prompt[:16], iter(range(10_000))
-
-    def fresh(ids: list[int]) -> list[int]:
-        return [400 + next(seed), *ids]  # never in the prefix tree
-
-    anyio.run(ours, engine, fresh(empty), 8)
-    prefill = best(lambda: len(prompt) / anyio.run(ours, engine, fresh(prompt), 1)[0], times)
-    decode = best(lambda: (new - 1) / anyio.run(ours, engine, fresh(empty), new)[1], times)
-    far = best(lambda: (new - 1) / anyio.run(ours, engine, fresh(prompt), new)[1], times)
-    batch = best(lambda: 16 * (new - 1) / anyio.run(ours, engine, fresh(empty), new, 16)[1], times)
-    return {"prefill": prefill, "decode": decode, "decode at 1K": far, "16 at once": batch}
-
-
-def measure_transformers(path: Path, dtype: torch.dtype, prompt: list[int], new: int, times: int) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
-
-    def generate(ids: list[int], tokens: int) -> float:
-        inputs = torch.tensor([ids])
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, min_new_tokens=tokens,
-                max_new_tokens=tokens, pad_token_id=0,
-            )  # fmt: skip
-        return time.perf_counter() - begin
-
-    generate(prompt[:16], 4)
-    first = best(lambda: generate(prompt, 1), times)
-    small = best(lambda: generate(prompt[:16], 1), times)
-    return {
-        "prefill": len(prompt) / first,
-        "decode": best(lambda: (new - 1) / (generate(prompt[:16], new) - small), times),
-        "decode at 1K": best(lambda: (new - 1) / (generate(prompt, new) - first), times),
-    }
+def ratio(rounds: Sequence[dict[str, dict[str, float]]], column: str, peer: str, other: str | None = None) -> float:
+    """Median of ours over a peer's within a round."""
+    return statistics.median(r["ours"][column] / r[peer][other or column] for r in rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one repetition, fewer tokens")
+    parser.add_argument("--quick", action="store_true", help="one round, fewer tokens")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a .gguf file")
     args = parser.parse_args()
-    times, new = (1, 32) if args.quick else (5, 128)
     path = resolve(args.model)
-    engine = load_engine(
-        path, Options(drafts=False)
-    )  # first: a team of OpenMP threads on this thread would slow the engine's
-    prompt = engine.vocab.encode(TEXT * 100)[:1024]
-    config = engine.runner.model.config  # pyright: ignore
-    linear = config.layers * config.hidden * (
-        (config.heads * 2 + config.kv_heads * 2) * config.head_dim + 3 * config.intermediate
-    )  # fmt: skip
-    figures = {"ours": measure_ours(engine, prompt, new, times)}
-    engine.close()
-    read, (operations, fastest) = bandwidth(), rate()
-    floor = {"prefill": operations / (2 * linear), "decode": read / engine.runner.weight_bytes}
-    figures["floor"] = floor
-    # Where a CPU does not multiply bfloat16, torch emulates it at a tenth of the speed: no peer, and minutes long.
-    for dtype in (torch.float32, torch.bfloat16) if fastest == "bfloat16" else (torch.float32,):
-        name = f"transformers {str(dtype).removeprefix('torch.')}"
-        figures[name] = measure_transformers(path, dtype, prompt, new, times)
-
-    print(f"{path.name} · torch {torch.__version__} · {torch.get_num_threads()} threads")
-    print(f"read {read / 1e9:.1f} GB/s · product {operations / 1e9:.0f} GFLOP/s ({fastest})\n")
-    columns = ["prefill", "decode", "decode at 1K", "16 at once"]
-    print(f"{'tok/s':<24}" + "".join(f"{c:>14}" for c in columns))
-    for name, row in figures.items():
-        print(f"{name:<24}" + "".join(f"{row[c]:>14,.0f}" if c in row else f"{'–':>14}" for c in columns))
-    peer = {c: max(row[c] for name, row in figures.items() if name.startswith("transformers")) for c in columns[:3]}
-    mine = figures["ours"]
-    gigabytes = mine["decode"] * engine.runner.weight_bytes / 1e9
-    print(f"\ndecode reads {gigabytes:.1f} GB/s, {mine['decode'] / floor['decode']:.0%} of the floor")
+    llama = importlib.util.find_spec("llama_cpp") is not None
+    names = [name for name in CONTESTANTS if llama or name != "llama.cpp"]
+    measure = Round(names, path, 32 if args.quick else 64)
+    rounds = [measure() for _ in range(1 if args.quick else 5)]
+    read, (operations, dtype) = measure.floor()
+    measure.close()
+    figures = {n: {c: statistics.median(r[n][c] for r in rounds) for c in rounds[0][n]} for n in names}
+    floor = {"prefill": operations / measure.facts.operations, "decode": read / measure.facts.weight_bytes}
+    figures = {"ours": figures.pop("ours"), "floor": floor, **figures}
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+        args.json.write_text(json.dumps({"medians": figures, "rounds": rounds}, indent=1))
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{path.name} · torch {torch.__version__} · {capability} · {torch.get_num_threads()} threads")
+    print(f"read {read / 1e9:.1f} GB/s · product {operations / 1e9:.0f} GFLOP/s ({dtype}, also transformers')\n")
+    print(f"{'tok/s':<16}" + "".join(f"{c:>14}" for c in COLUMNS))
+    for name, row in figures.items():
+        print(f"{name:<16}" + "".join(f"{row[c]:>14,.0f}" if c in row else f"{'–':>14}" for c in COLUMNS))
+    print(f"\ndecode at {figures['ours']['decode'] / floor['decode']:.0%} of the floor")
+    if llama:
+        print(
+            f"llama.cpp: decode {ratio(rounds, 'decode', 'llama.cpp'):.2f}x (target 1.0, goal 1.2), "
+            f"at 1K {ratio(rounds, 'decode at 1K', 'llama.cpp'):.2f}x (target 1.0), "
+            f"prefill {ratio(rounds, 'prefill', 'llama.cpp'):.1f}x (target 3)"
+        )
+    else:
+        print("llama.cpp: not compared, it is not installed: pip install llama-cpp-python (it is compiled for minutes)")
     print(
-        f"decode {mine['decode'] / peer['decode']:.1f}x transformers (target 2) · prefill "
-        f"{mine['prefill'] / peer['prefill']:.2f}x (target 1) · 16 at once {mine['16 at once'] / mine['decode']:.1f}x "
-        "batch 1 (target 4)"
+        f"transformers: decode {ratio(rounds, 'decode', 'transformers'):.1f}x (target 3), "
+        f"prefill {ratio(rounds, 'prefill', 'transformers'):.2f}x (target 1) · "
+        f"16 at once {ratio(rounds, '16 at once', 'ours', 'decode'):.1f}x batch 1 (target 5)"
     )
 
 

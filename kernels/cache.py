@@ -75,9 +75,10 @@ def rotate_and_write(
 
     Args:
         qkv: ``[t, heads + 2 * kv_heads, d]``; do not use it afterwards, it may be overwritten.
-        cos: ``[t, 1, d / 2]``; on a GPU fp32, as `agentkit.kernels.rope.angles` returns it. The tables are made once
-            a step rather than in here: they serve all layers, and far positions need an exact range reduction.
-        sin: ``[t, 1, d / 2]``, like ``cos``.
+        cos: on a GPU ``[t, 1, d / 2]`` fp32, as `agentkit.kernels.rope.angles` returns it; on the CPU ``[t, 1, d]``,
+            as `agentkit.kernels.rope.whole` does. The tables are made once a step rather than in here: they serve all
+            layers, and far positions need an exact range reduction.
+        sin: like ``cos``.
         slots: ``[t]``, where each token's key and value go; a token whose slot is −1 writes nothing.
         kv: ``[slots, 2, kv_heads, d]``, a layer of the pool, of the dtype of ``qkv`` or float8_e4m3fn.
         norms: of queries and keys.
@@ -104,13 +105,15 @@ def rotate_and_write(
         q = rms_norm(qkv[:, :heads], norms.query, norms.eps)
         k = rms_norm(qkv[:, heads : heads + kv_heads], norms.key, norms.eps)
         qkv = torch.cat([q, k, qkv[:, heads + kv_heads :]], 1)
-    rotate_(qkv[:, : heads + kv_heads], cos.to(qkv.dtype), sin.to(qkv.dtype))
+    rotate_(qkv[:, : heads + kv_heads], cos, sin)
     rows = qkv[:, heads:].view(-1, 2, kv_heads, d)
-    if slots.numel() and int(slots.min()) < 0:
-        rows, slots = rows[slots >= 0], slots[slots >= 0]
-    _write(kv, slots, rows, scales)
+    try:
+        _write(kv, slots, rows, scales)
+    except IndexError:  # a slot of −1: to look for them first would take as long as the write
+        live = slots >= 0
+        _write(kv, slots[live], rows[live], scales)
     if bounds is not None:
-        bounds_(kv, slots, bounds, scales[0])
+        bounds_(kv, slots[slots >= 0], bounds, scales[0])
     return qkv[:, :heads]
 
 

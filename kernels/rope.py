@@ -40,8 +40,21 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """`rotate_reference`, in place: the cache is then written from the projection itself, without a copy."""
-    a, b = x.chunk(2, -1)
-    crossed = a * sin
-    a.mul_(cos).sub_(b * sin)
-    b.mul_(cos).add_(crossed)
+    """`rotate_reference`, in place: the cache is then written from the projection itself, without a copy.
+
+    Args:
+        x: ``[t, heads, d]``.
+        cos: ``[t, 1, d]``, in the dtype of ``x``, from `whole`.
+        sin: ``[t, 1, d]``, likewise.
+    """
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(swapped, sin)
+
+
+def whole(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The tables of `angles` for both halves of a head, as `rotate_` takes them: a few calls a step, not a layer.
+
+    Returns:
+        ``(cos, sin)``, each ``[t, 1, d]``; the first half of the sine is negative.
+    """
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)

@@ -33,7 +33,7 @@ from agentkit.kernels.linear import (
 from agentkit.kernels.norm import add_rms_norm, rms_norm
 from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import Quantised, quant_linear
-from agentkit.kernels.rope import angles
+from agentkit.kernels.rope import angles, whole
 from agentkit.kernels.silu import silu_mul
 from agentkit.kernels.windowed import Windowed
 from agentkit.runtime.quantise import Weights, form_of, from_file, join, quantised
@@ -197,6 +197,8 @@ class Model:
         self.config = checkpoint.config
         self.device, self.dtype, self.packed, self.weights = device, dtype, packed, weights
         self.digest = checkpoint.digest
+        # The CPU's norms compute in fp32, so that a stream of fewer bits would only be widened for each.
+        self.stream_dtype = torch.float32 if device.type == "cpu" else dtype
         load = _Loader(checkpoint, device, dtype, packed, weights)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
@@ -223,12 +225,15 @@ class Model:
             kv: ``[layers, slots, 2, kv_heads, head_dim]``, written at ``batch.slots``.
 
         Returns:
-            ``[t, hidden]``, what the last layer gives, as `logits` takes it.
+            ``[t, hidden]``, what the last layer gives, as `logits` takes it; on the CPU fp32.
         """
         cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
+        if self.device.type == "cpu":
+            cos, sin = whole(cos, sin, self.dtype)
         eps = self.config.norm_eps
         stream = F.embedding(batch.ids, self.embedding)
         x = rms_norm(stream, self.layers[0].attention_norm, eps)
+        stream = stream.to(self.stream_dtype)
         following = [*(layer.attention_norm for layer in self.layers[1:]), None]
         work = batch.work
         for index, (layer, cache, norm) in enumerate(zip(self.layers, kv, following, strict=True)):
@@ -251,7 +256,8 @@ class Model:
         c = self.config
         heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
         query = rotate_and_write(heads, cos, sin, slots, cache, layer.head_norms)
-        y = paged_attention(query, cache[:, 0], cache[:, 1], work, c.head_dim**-0.5)
+        keys, values = cache.unbind(1)
+        y = paged_attention(query, keys, values, work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))
 
 

@@ -80,6 +80,15 @@ def test_context_is_never_copied() -> None:
     assert allocated < keys.numel() * keys.element_size() / 4
 
 
+def test_a_run_longer_than_a_stretch_is_one_context() -> None:
+    generator = torch.Generator().manual_seed(6)
+    pool = torch.randn(9500, 2, 2, 16, generator=generator)
+    work = [Work(0, 1, ((300, 9200), (0, 70)))]
+    query = torch.randn(1, 4, 16, generator=generator)
+    got = paged_attention(query, pool[:, 0], pool[:, 1], work, 0.25)
+    assert torch.allclose(got, paged_attention_reference(query, pool[:, 0], pool[:, 1], work, 0.25), atol=1e-5)
+
+
 def test_of_long_contexts_no_row_is_gathered_however_many_there_are() -> None:
     keys = torch.zeros(4096, 2, 64)
     work = [Work(i, 1, ((i * 512, 300),)) for i in range(8)]

@@ -16,8 +16,7 @@ from agentkit.kernels.cache import (
     rotate_and_write,
     rotate_and_write_reference,
 )
-from agentkit.kernels.norm import rms_norm
-from agentkit.kernels.rope import angles, rotate_reference
+from agentkit.kernels.rope import angles, whole
 from tests.kernels.rule import assert_as_exact
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -81,9 +80,12 @@ def test_what_fp8_cannot_hold_is_its_largest_number() -> None:
     qkv = torch.cat([torch.ones(1, 2, 4) * 1e4, torch.ones(1, 1, 4) * -1e4], 1)
     pool = torch.zeros(4, 2, 1, 4, dtype=FP8)
     ones, zeros = torch.ones(1, 1, 2), torch.zeros(1, 1, 2)
-    for write in (launch_rotate_and_write, rotate_and_write):
+    for write, tables in (
+        (launch_rotate_and_write, (ones, zeros)),
+        (rotate_and_write, whole(ones, zeros, qkv.dtype)),
+    ):
         pool.zero_()
-        write(qkv.clone(), ones, zeros, torch.tensor([2]), pool)
+        write(qkv.clone(), *tables, torch.tensor([2]), pool)
         assert pool[2].float().flatten().tolist() == [448.0] * 4 + [-448.0] * 4
 
 
@@ -100,19 +102,18 @@ def test_kernel_reads_rows_of_a_wider_projection_where_they_lie() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("normed", [False, True])
-def test_entry_on_the_cpu_is_torchs_pieces_one_after_another(dtype: torch.dtype, normed: bool) -> None:
+def test_entry_on_the_cpu_is_as_exact_as_its_definition(dtype: torch.dtype, normed: bool) -> None:
     qkv, norms = inputs(9, 3, 16, dtype, normed)
     cos, sin = tables(16)
     pool = torch.full((SLOTS, 2, 3, 16), 77.0, dtype=dtype)
-    query, key, value = qkv.clone().split([9, 3, 3], 1)
-    if norms is not None:
-        query, key = rms_norm(query, norms.query, 1e-6), rms_norm(key, norms.key, 1e-6)
-    query, key = (rotate_reference(x, cos.to(dtype), sin.to(dtype)) for x in (query, key))
-    assert torch.equal(rotate_and_write(qkv, cos, sin, TARGETS, pool, norms), query)
+    peer = rotate_and_write_reference(qkv, cos, sin, 3, norms)
+    exact = rotate_and_write_reference(qkv.double(), cos, sin, 3, double(norms))
+    query = rotate_and_write(qkv.clone(), *whole(cos, sin, dtype), TARGETS, pool, norms)
+    assert_as_exact(query, peer[0], exact[0])
     written = TARGETS >= 0
-    want = torch.full_like(pool, 77.0)
-    want[TARGETS[written]] = torch.stack([key, value], 1)[written]
-    assert torch.equal(pool, want)
+    assert_as_exact(pool[TARGETS[written]], peer[1][written], exact[1][written])
+    others = torch.ones(SLOTS, dtype=torch.bool).index_fill(0, TARGETS[written], False)
+    assert (pool[others] == 77).all()
 
 
 @st.composite
@@ -154,7 +155,7 @@ def test_bounds_of_a_page_hold_all_of_its_keys(case: tuple[int, list[int]], seed
 
 def test_bounds_do_not_depend_on_how_a_page_was_filled() -> None:
     torch.manual_seed(0)
-    cos, sin = angles(torch.arange(8), 5e6 ** -(torch.arange(0, 16, 2) / 16))
+    cos, sin = whole(*angles(torch.arange(8), 5e6 ** -(torch.arange(0, 16, 2) / 16)), torch.float32)
     qkv = torch.randn(8, 6, 16)
     slots = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
     at_once, one_by_one = torch.zeros(2, 4, 2, 2, 16)

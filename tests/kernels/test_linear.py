@@ -14,8 +14,9 @@ from agentkit.kernels.linear import (
     pack_half,
     pack_int4,
 )
-from agentkit.kernels.norm import rms_norm, rms_norm_reference
-from agentkit.kernels.rope import angles, rotate_, rotate_reference
+from agentkit.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
+from agentkit.kernels.rope import angles, rotate_, rotate_reference, whole
+from tests.kernels.rule import assert_as_exact
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (64, 96), (960, 576), (48, 1536)])
@@ -79,21 +80,34 @@ def test_weights_beyond_the_range_of_fp16_are_not_packed_as_such() -> None:
     assert pack_half(torch.full((16, 32), torch.nan)) is None
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.0)])
-def test_rms_norm_equals_its_definition(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_as_exact_as_its_definition(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(5, 64) * 3).to(dtype), torch.randn(64).to(dtype)
-    assert (rms_norm(x, weight, 1e-6) - rms_norm_reference(x, weight, 1e-6)).abs().max() <= tolerance * 10
+    x[0] *= 1e-4  # where eps counts
+    exact = rms_norm_reference(x.double(), weight.double(), 1e-6)
+    assert_as_exact(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), exact)
+
+
+def test_a_stream_wider_than_what_is_added_keeps_its_dtype() -> None:
+    torch.manual_seed(0)
+    x, weight, stream = torch.randn(5, 64).bfloat16(), torch.randn(64).bfloat16(), torch.randn(5, 64) * 3
+    total = stream + x
+    got = add_rms_norm(x, stream, weight, 1e-6)
+    assert got.dtype is torch.bfloat16
+    assert torch.equal(stream, total)
+    exact = rms_norm_reference(total.double(), weight.double(), 1e-6)
+    assert_as_exact(got, exact.bfloat16(), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_in_place_equals_its_definition_far_into_the_context(dtype: torch.dtype) -> None:
+def test_rotation_in_place_is_as_exact_as_its_definition_far_into_the_context(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 16).to(dtype)
     cos, sin = angles(torch.tensor([0, 1, 4096, 262_143]), 5e6 ** -(torch.arange(0, 16, 2) / 16))
     assert cos.dtype is torch.float32
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    want = rotate_reference(x, cos, sin)
-    rotate_(x, cos, sin)
-    assert torch.equal(x, want)
-    assert torch.equal(cos[0], torch.ones_like(cos[0]))
+    peer = rotate_reference(x, cos.to(dtype), sin.to(dtype))
+    exact = rotate_reference(x.double(), cos.double(), sin.double())
+    rotate_(x, *whole(cos, sin, dtype))
+    assert_as_exact(x, peer, exact)
+    assert torch.equal(x[0], peer[0])  # at position 0 nothing turns
