@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agentkit.kernels.attention import Work
@@ -22,11 +23,14 @@ from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
+from agentkit.runtime.inputs import Inputs
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
 #: Rows that go through the head at once where their logits are not kept: 64 rows of Qwen3's table are 39 MB.
 HEAD_ROWS = 64
+#: Steps of a decoding batch after which its attention is planned anew, as its contexts have grown by so many tokens.
+_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +84,16 @@ class TorchRunner:
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
         )
+        self._inputs = Inputs(step_tokens, page_size, model.device)
         self._attention = None
+        self._room = -(-_STEPS // page_size)
+        self._age = 0  # steps since the attention was planned anew
         if model.device.type == "cuda":
             c = model.config
             shape = Shape(c.heads, c.kv_heads, c.head_dim, page_size, pages)
             # A row is in one group for each branching point above it, rarely in more than four.
-            capacity = Capacity(rows=4 * (step_tokens + running), pages=running * -(-c.max_positions // page_size))
+            pages_each = -(-c.max_positions // page_size) + 2 * self._room
+            capacity = Capacity(rows=4 * (step_tokens + running), pages=running * pages_each)
             self._attention = AttentionPlan(shape, capacity, model.device, processors(model.device))
 
     @property
@@ -122,37 +130,33 @@ class TorchRunner:
         return torch.cat(scores)
 
     def _batch(self, plan: Plan) -> Batch:
-        sampled: list[int] = []
-        starts: list[int] = []
-        row = 0
-        for entry in plan.entries:
-            starts.append(row)
-            row += entry.rows
-            if entry.sample:
-                sampled.extend(range(row - 1 - len(entry.draft), row))
-        spans = [(e.start, e.start + e.rows, e.seq) for e in plan.entries]
-        tensor = self._tensor
-        return Batch(
-            ids=tensor(chain.from_iterable(entry.ids for entry in plan.entries)),
-            positions=tensor(chain.from_iterable(range(a, b) for a, b, _ in spans)),
-            slots=tensor(chain.from_iterable(self._slots(seq.pages, a, b) for a, b, seq in spans)),
-            work=self._work(plan.entries, starts, row),
-            sampled=tensor(sampled),
-        )
+        numbers = self._inputs.fill(plan.entries)
+        work = self._work(plan.entries, numbers.fresh)
+        return Batch(numbers.ids, numbers.positions, numbers.slots, work, numbers.sampled)
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self.model.device)
+        pinned = torch.tensor(list(values), dtype=torch.int64, pin_memory=self.model.device.type == "cuda")
+        return pinned.to(self.model.device, non_blocking=True)
 
-    def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | AttentionPlan:
-        """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU."""
+    def _work(self, entries: list[Entry], fresh: NDArray[np.int64] | None = None) -> Layout | AttentionPlan:
+        """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
+
+        Args:
+            entries: of the plan.
+            fresh: as in `Numbers`.
+        """
         if self._attention is None:
-            works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
+            starts = accumulate((entry.rows for entry in entries), initial=0)
+            works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=False)]
             return Layout(works, self.model.dtype)
-        spans = [
-            Span(start, e.rows, e.start + e.rows, np.array(e.seq.pages, dtype=np.int32))
-            for start, e in zip(starts, entries, strict=True)
-        ]
-        self._attention.update(shared(spans, self.page_size), rows)
+        if fresh is not None and self._age < _STEPS:
+            self._age += 1
+            self._attention.advance(fresh, [entries[row].seq.pages[-1] for row in fresh.tolist()])
+            return self._attention
+        starts = accumulate((entry.rows for entry in entries), initial=0)
+        spans = [Span(start, e.rows, e.start + e.rows, e.seq.table) for start, e in zip(starts, entries, strict=False)]
+        self._attention.update(shared(spans, self.page_size), sum(e.rows for e in entries), room=self._room)
+        self._age = 0
         return self._attention
 
     def _runs(self, entry: Entry) -> tuple[tuple[int, int], ...]:
@@ -165,7 +169,3 @@ class TorchRunner:
             if left <= 0:
                 break
         return tuple(runs)
-
-    def _slots(self, pages: list[int], start: int, stop: int) -> list[int]:
-        size = self.page_size
-        return [pages[i // size] * size + i % size for i in range(start, stop)]
