@@ -262,8 +262,8 @@ def architecture(device: torch.device) -> str:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return int(_properties(device).multi_processor_count)
+    """Multiprocessors of a GPU; 2 for the CPU, where kernels are interpreted."""
+    return 2 if device.type == "cpu" else int(_properties(device).multi_processor_count)
 
 
 def _properties(device: torch.device) -> Any:

@@ -56,6 +56,7 @@ class Inputs:
         self._tables: list[array[int]] = []  # page tables of the last step, where all of its sequences decoded
         self._starts: list[int] = []  # and their positions
         self._size = self._sampled = 0
+        self._padded = False
 
     def fill(self, entries: Items[Entry], size: int | None = None) -> Numbers:
         """The numbers of a step.
@@ -66,12 +67,13 @@ class Inputs:
         """
         rows = sum(entry.rows for entry in entries) if size is None else size
         self._staging.wait()
-        if rows == self._size and self._goes_on(entries):
+        padded = size is not None
+        if (rows, padded) == (self._size, self._padded) and self._goes_on(entries):
             fresh = self._advance(entries)
         else:
             fresh = None
-            self._size = rows
-            self._sampled = self._gather(entries, padded=size is not None)
+            self._size, self._padded = rows, padded
+            self._sampled = self._gather(entries)
             decodes = all(entry.decodes for entry in entries)
             self._tables = [entry.seq.pages for entry in entries] if decodes else []
             self._starts = [entry.start for entry in entries] if decodes else []
@@ -107,7 +109,7 @@ class Inputs:
             slots[fresh] = [entries[row].seq.pages[-1] * self._page_size for row in fresh.tolist()]
         return fresh
 
-    def _gather(self, entries: Items[Entry], *, padded: bool) -> int:
+    def _gather(self, entries: Items[Entry]) -> int:
         """Fill the sections from the sequences; how many rows are sampled."""
         ids, positions, slots, sampled = self._sections()
         size, found = self._page_size, list(chain.from_iterable(entry.ids for entry in entries))
@@ -120,7 +122,7 @@ class Inputs:
         pages = np.array(list(chain.from_iterable(e.seq.pages[a:b] for e, a, b in pieces)), dtype=np.int64)
         place = (stop - first).cumsum() - stop
         slots[:count] = pages[positions[:count] // size + np.repeat(place, rows)] * size + positions[:count] % size
-        if padded:
+        if self._padded:
             ids[count:], positions[count:], slots[count:] = 0, 0, -1
             sampled[: self._size] = np.arange(self._size)
             return self._size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
+from agentkit.runtime.graphs import CudaCapture
 from agentkit.runtime.model import Model
 from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.sequence import Entry, Plan, Sequence
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
 
@@ -36,12 +40,14 @@ class Options:
             weights instead of fp32 ones; off for exact comparison.
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
-            GPU: nine tenths of it).
+            GPU: nine tenths of what a trial step and its graphs leave).
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
         drafts: guess what is copied from the context and verify several tokens in one step where that pays. What
             comes out is the same, but for ties that the rounding of a step decides.
+        graphs: on a GPU, capture decode steps as CUDA graphs, one for each of some batch sizes, while loading. The CPU
+            has none.
     """
 
     device: str = "auto"
@@ -53,6 +59,7 @@ class Options:
     step_tokens: int = 512
     running: int = 64
     drafts: bool = True
+    graphs: bool = True
 
 
 def load_engine(path: Path, options: Options | None = None, name: str | None = None) -> Engine:
@@ -66,6 +73,7 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     Raises:
         ModelError: the checkpoint cannot be read.
         CapacityError: the KV pool would be smaller than one page, or the context larger than model or pool.
+        EngineError: decode steps cannot be captured as graphs.
     """
     options = options or Options()
     name = name or str(path)
@@ -88,7 +96,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     config = checkpoint.config
     token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * dtype.itemsize
     page_size = options.page_size or (64 if device.type == "cuda" else 16)
-    pages = _tokens(options, config.max_positions, token_bytes, device) // page_size
+    pages = _tokens(options, config.max_positions, token_bytes, lambda: _memory(model, page_size, options)) // page_size
     if pages < 1:
         raise CapacityError(
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
@@ -108,7 +116,9 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         running=options.running,
         drafts=_DRAFTED if options.drafts else 0,
     )
-    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size)
+    capture = _capture(options, device)
+    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, vocab.size, capture)
+    runner.warm_up()
     return runner, vocab, sizes
 
 
@@ -130,17 +140,43 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _tokens(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:
-    """Tokens that the pool may hold."""
+def _capture(options: Options, device: torch.device) -> CudaCapture | None:
+    return CudaCapture(device) if options.graphs and device.type == "cuda" else None
+
+
+def _tokens(options: Options, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
+    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them."""
     if options.kv_bytes is not None:
         return options.kv_bytes // token_bytes
     wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        affordable = int(free * 0.9) // token_bytes
-    else:
-        affordable = available_memory() // 4 // token_bytes
-    return min(wanted, affordable)
+    return min(wanted, memory() // token_bytes)
+
+
+def _memory(model: Model, page_size: int, options: Options) -> int:
+    """Bytes that the KV pool may take."""
+    if model.device.type != "cuda":
+        return available_memory() // 4
+    torch.cuda.empty_cache()  # of what loading needed for a while
+    _try(model, page_size, options)
+    left, _ = torch.cuda.mem_get_info(model.device)  # torch keeps what the trial has needed at most
+    gc.collect()
+    torch.cuda.empty_cache()
+    rows = 3 * 4 * options.running * model.config.vocab_size  # logits of a step, and what sampling makes of them
+    return max(0, int(0.9 * (left - rows)))
+
+
+@torch.inference_mode()
+def _try(model: Model, page_size: int, options: Options) -> None:
+    """Capture all graphs over a small pool, and run a step of as many tokens as there may be."""
+    pages = -(-options.step_tokens // page_size)
+    capture = _capture(options, model.device)
+    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, capture=capture)
+    runner.warm_up()
+    prompt = Sequence(0, [0] * options.step_tokens, "", 0, options.step_tokens)
+    for page in range(pages):
+        prompt.add_page(page)
+    runner.step(Plan([Entry(prompt, 0, options.step_tokens, True)], [], []))
+    torch.cuda.synchronize(model.device)
 
 
 def available_memory() -> int:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from agentkit.kernels.attention import Work
 from agentkit.kernels.flash import Layout
-from agentkit.kernels.groups import Span, shared
+from agentkit.kernels.groups import Span, flat, shared
 from agentkit.kernels.pages import Copy as PageCopy
 from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
+from agentkit.runtime.graphs import ENTRIES, Capture, Graphs, reserve
 from agentkit.runtime.inputs import Inputs
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
@@ -31,6 +32,8 @@ from agentkit.runtime.sequence import Entry, Plan
 HEAD_ROWS = 64
 #: Steps of a decoding batch after which its attention is planned anew, as its contexts have grown by so many tokens.
 _STEPS = 64
+_NO_PAGES = np.empty(0, np.int32)
+_NONE = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +77,42 @@ class TorchRunner:
         step_tokens: most tokens in one step.
         running: most sequences in one step.
         tokens: ids below this are tokens, the others pad the model's table; all by default.
+        capture: how decode steps are captured as graphs; None leaves them as they are.
     """
 
     def __init__(
-        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, tokens: int | None = None
+        self,
+        model: Model,
+        pages: int,
+        page_size: int,
+        step_tokens: int,
+        running: int,
+        tokens: int | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
         self.kv = torch.zeros(
             (model.config.layers, pages * page_size, *model.kv_shape), dtype=model.dtype, device=model.device
         )
-        self._inputs = Inputs(step_tokens, page_size, model.device)
-        self._attention = None
+        self._inputs = Inputs(max(step_tokens, running), page_size, model.device)
         self._room = -(-_STEPS // page_size)
         self._age = 0  # steps since the attention was planned anew
-        if model.device.type == "cuda":
-            c = model.config
-            shape = Shape(c.heads, c.kv_heads, c.head_dim, page_size, pages)
-            # A row is in one group for each branching point above it, rarely in more than four.
-            pages_each = -(-c.max_positions // page_size) + 2 * self._room
-            capacity = Capacity(rows=4 * (step_tokens + running), pages=running * pages_each)
-            self._attention = AttentionPlan(shape, capacity, model.device, processors(model.device))
+        self._attention = self._graphs = None
+        if capture is not None:
+            self._graphs = Graphs(lambda batch: model.hidden(batch, self.kv), running, capture)
+        if model.device.type == "cuda" or capture is not None:
+            self._attention = self._planned(pages, step_tokens, running)
+
+    def _planned(self, pages: int, step_tokens: int, running: int) -> AttentionPlan:
+        c, device = self.model.config, self.model.device
+        shape, count = Shape(c.heads, c.kv_heads, c.head_dim, self.page_size, pages), processors(device)
+        capacity = Capacity(
+            rows=ENTRIES * step_tokens,
+            pages=running * (-(-c.max_positions // self.page_size) + 2 * self._room),
+            items=max(4096, sum(reserve(running, shape, count).items.values())),
+        )
+        return AttentionPlan(shape, capacity, device, count)
 
     @property
     def vocab_size(self) -> int:
@@ -107,12 +125,28 @@ class TorchRunner:
     def step(self, plan: Plan) -> Output:
         for copy in plan.copies:  # one by one: the target of one may be the source of the next
             copy_pages(self.kv, [PageCopy(copy.src_page, copy.dst_page, copy.n_tokens)], self.page_size)
-        batch = self._batch(plan)
-        hidden = self.model.hidden(batch, self.kv)
-        return Output(self.model.logits(hidden[batch.sampled]), self._scores(plan, hidden))
+        size = self._graphs.size(plan.entries) if self._graphs is not None else None
+        batch = self._batch(plan, size)
+        if self._graphs is None or size is None:
+            hidden = self.model.hidden(batch, self.kv)
+            return Output(self.model.logits(hidden[batch.sampled]), self._scores(plan, hidden))
+        return Output(self.model.logits(self._graphs.run(batch)[: len(plan.entries)]), _NONE)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the decode steps of every size, the largest first: the others then find room in its memory.
+
+        Raises:
+            EngineError: they cannot be captured.
+        """
+        if self._graphs is not None:
+            for size in reversed(self._graphs.sizes):
+                self._graphs.run(self._batch(Plan([], [], []), size))
 
     def _scores(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Log-probabilities of the targets. Their logits, far larger than all else of a step, exist piece by piece."""
+        if not any(entry.scored for entry in plan.entries):
+            return _NONE
         rows: list[int] = []
         targets: list[tuple[int, ...]] = []
         end = 0
@@ -120,7 +154,7 @@ class TorchRunner:
             end += entry.rows
             rows += range(end - entry.scored, end)
             targets += entry.targets
-        scores = [torch.empty(0, device=hidden.device)]
+        scores: list[Tensor] = []
         for start in range(0, len(rows), HEAD_ROWS):
             piece = slice(start, start + HEAD_ROWS)
             logits = self.model.logits(hidden[self._tensor(rows[piece])])[:, : self.tokens]
@@ -129,21 +163,30 @@ class TorchRunner:
             scores.append(target_log_probabilities(logits, self._tensor(places), tokens))
         return torch.cat(scores)
 
-    def _batch(self, plan: Plan) -> Batch:
-        numbers = self._inputs.fill(plan.entries)
-        work = self._work(plan.entries, numbers.fresh)
+    def _batch(self, plan: Plan, size: int | None = None) -> Batch:
+        """The batch of a plan, in the memory of the one before.
+
+        Args:
+            plan: the step.
+            size: rows to pad it to, where it is captured.
+        """
+        numbers = self._inputs.fill(plan.entries, size)
+        work = self._work(plan.entries, numbers.fresh, size)
         return Batch(numbers.ids, numbers.positions, numbers.slots, work, numbers.sampled)
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
         pinned = torch.tensor(list(values), dtype=torch.int64, pin_memory=self.model.device.type == "cuda")
         return pinned.to(self.model.device, non_blocking=True)
 
-    def _work(self, entries: list[Entry], fresh: NDArray[np.int64] | None = None) -> Layout | AttentionPlan:
+    def _work(
+        self, entries: list[Entry], fresh: NDArray[np.int64] | None = None, size: int | None = None
+    ) -> Layout | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
 
         Args:
             entries: of the plan.
             fresh: as in `Numbers`.
+            size: as in `_batch`.
         """
         if self._attention is None:
             starts = accumulate((entry.rows for entry in entries), initial=0)
@@ -152,12 +195,25 @@ class TorchRunner:
         if fresh is not None and self._age < _STEPS:
             self._age += 1
             self._attention.advance(fresh, [entries[row].seq.pages[-1] for row in fresh.tolist()])
-            return self._attention
+        else:
+            self._age = 0
+            self._attend(self._attention, entries, size)
+        return self._attention
+
+    def _attend(self, attention: AttentionPlan, entries: list[Entry], size: int | None) -> None:
+        """Plan the attention of a step anew."""
         starts = accumulate((entry.rows for entry in entries), initial=0)
         spans = [Span(start, e.rows, e.start + e.rows, e.seq.table) for start, e in zip(starts, entries, strict=False)]
-        self._attention.update(shared(spans, self.page_size), sum(e.rows for e in entries), room=self._room)
-        self._age = 0
-        return self._attention
+        rows, fixed = sum(entry.rows for entry in entries), None
+        if size is not None:
+            spans += [Span(row, 1, 0, _NO_PAGES) for row in range(rows, size)]
+            rows, fixed = size, reserve(size, attention.shape, attention.processors)
+        groups = shared(spans, self.page_size)
+        entered = sum(len(group.rows) for group in groups)
+        # Each row is in as many groups as there are branching points above it: rarely in more than four.
+        if entered > ENTRIES * rows or 2 * (entered - rows) > attention.capacity.parts:
+            groups = flat(spans, self.page_size)
+        attention.update(groups, rows, fixed, self._room)
 
     def _runs(self, entry: Entry) -> tuple[tuple[int, int], ...]:
         """Slots of the entry's context: runs of consecutive pages, the last one cut at the last token."""
