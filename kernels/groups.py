@@ -272,6 +272,8 @@ def _common(members: Sequence[Span], depth: int, page_size: int) -> int:
     """Leading pages that all members have in common, ``depth`` being known to be."""
     first, stop = members[0].pages, min(_past(span, page_size) for span in members)
     for span in members[1:]:
+        if stop <= depth:  # as where nothing is shared, which the first two tell
+            break
         differ = np.flatnonzero(first[depth:stop] != span.pages[depth:stop])
         if len(differ):
             stop = depth + int(differ[0])

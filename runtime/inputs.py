@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from agentkit.runtime.sequence import Entry
 Longs = NDArray[np.int64]
 
 
+class Begun(NamedTuple):
+    """Rows ``[n]`` whose token is the first of a page, ascending, and these pages."""
+
+    rows: Longs
+    pages: list[int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Numbers:
     """A step's numbers on the device, valid until the next step's are made. Rows are those of `runtime.model.Batch`.
@@ -27,15 +35,15 @@ class Numbers:
         positions: ``[t]`` int64.
         slots: ``[t]`` int64, −1 in rows that pad the step.
         sampled: ``[r]`` int64; in a padded step all rows.
-        fresh: where the step is the one before it, one token further in each sequence: rows whose token is the first of
-            a page. None where it is another.
+        begun: what has changed in the page tables, where the step is the one before it, one token further in each
+            sequence. None where it is another.
     """
 
     ids: Tensor
     positions: Tensor
     slots: Tensor
     sampled: Tensor
-    fresh: Longs | None
+    begun: Begun | None
 
 
 class Inputs:
@@ -69,9 +77,9 @@ class Inputs:
         self._staging.wait()
         padded = size is not None
         if (rows, padded) == (self._size, self._padded) and self._goes_on(entries):
-            fresh = self._advance(entries)
+            begun = self._advance(entries)
         else:
-            fresh = None
+            begun = None
             self._size, self._padded = rows, padded
             self._sampled = self._gather(entries)
             decodes = all(entry.decodes for entry in entries)
@@ -81,7 +89,7 @@ class Inputs:
         self._staging.send(3 * stride + self._sampled)
         device = self._staging.device[0]
         ids, positions, slots = (device[i * stride : i * stride + rows] for i in range(3))
-        return Numbers(ids, positions, slots, device[3 * stride : 3 * stride + self._sampled], fresh)
+        return Numbers(ids, positions, slots, device[3 * stride : 3 * stride + self._sampled], begun)
 
     def _goes_on(self, entries: Items[Entry]) -> bool:
         """Whether each sequence decodes one token, the one behind its last, in the pages it had then."""
@@ -97,17 +105,18 @@ class Inputs:
         ids, positions, slots = (host[i * stride : i * stride + self._size] for i in range(3))
         return ids, positions, slots, host[3 * stride :]
 
-    def _advance(self, entries: Items[Entry]) -> Longs:
+    def _advance(self, entries: Items[Entry]) -> Begun:
         ids, positions, slots, _ = self._sections()
         count = len(entries)
         self._starts = [entry.start for entry in entries]
         ids[:count] = [entry.seq.ids[entry.start] for entry in entries]
         positions[:count] += 1
         slots[:count] += 1
-        fresh = np.flatnonzero(positions[:count] % self._page_size == 0)
-        if len(fresh):
-            slots[fresh] = [entries[row].seq.pages[-1] * self._page_size for row in fresh.tolist()]
-        return fresh
+        rows = np.flatnonzero(positions[:count] % self._page_size == 0)
+        pages = [entries[row].seq.pages[-1] for row in rows.tolist()]
+        if pages:
+            slots[rows] = [page * self._page_size for page in pages]
+        return Begun(rows, pages)
 
     def _gather(self, entries: Items[Entry]) -> int:
         """Fill the sections from the sequences; how many rows are sampled."""

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from agentkit.kernels.attention import Work
@@ -24,7 +23,7 @@ from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
 from agentkit.runtime.graphs import ENTRIES, Capture, Graphs, reserve
-from agentkit.runtime.inputs import Inputs
+from agentkit.runtime.inputs import Begun, Inputs
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
@@ -171,7 +170,7 @@ class TorchRunner:
             size: rows to pad it to, where it is captured.
         """
         numbers = self._inputs.fill(plan.entries, size)
-        work = self._work(plan.entries, numbers.fresh, size)
+        work = self._work(plan.entries, numbers.begun, size)
         return Batch(numbers.ids, numbers.positions, numbers.slots, work, numbers.sampled)
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
@@ -179,22 +178,22 @@ class TorchRunner:
         return pinned.to(self.model.device, non_blocking=True)
 
     def _work(
-        self, entries: list[Entry], fresh: NDArray[np.int64] | None = None, size: int | None = None
+        self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
     ) -> Layout | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
 
         Args:
             entries: of the plan.
-            fresh: as in `Numbers`.
+            begun: as in `Numbers`.
             size: as in `_batch`.
         """
         if self._attention is None:
             starts = accumulate((entry.rows for entry in entries), initial=0)
             works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=False)]
             return Layout(works, self.model.dtype)
-        if fresh is not None and self._age < _STEPS:
+        if begun is not None and self._age < _STEPS:
             self._age += 1
-            self._attention.advance(fresh, [entries[row].seq.pages[-1] for row in fresh.tolist()])
+            self._attention.advance(begun.rows, begun.pages)
         else:
             self._age = 0
             self._attend(self._attention, entries, size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import anyio
 import numpy as np
@@ -162,6 +163,35 @@ def test_a_replay_reads_no_row_of_a_larger_step_and_writes_none(loaded: tuple[Mo
         if not torch.equal(runner.kv[:, slot].nan_to_num(7), before[:, slot].nan_to_num(7))
     ]
     assert written == sorted([own[-1], many[4].pages[0] * PAGE + 4])
+
+
+def test_attention_follows_a_long_decode_and_is_planned_anew_from_time_to_time(
+    loaded: tuple[Model, Vocabulary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, _ = runner_of(loaded[0])
+    attention, updates = runner._attention, Counter[str]()
+    assert attention is not None
+    update = AttentionPlan.update
+
+    def counted(self: AttentionPlan, *arguments: Any) -> None:
+        updates["all"] += 1
+        update(self, *arguments)
+
+    monkeypatch.setattr(AttentionPlan, "update", counted)
+    seqs, pages = decoding(1, 30), iter(range(10, PAGES))
+    for _ in range(200):
+        runner._batch(step(*seqs), 2)
+        items = [item for item in attention.items.view(-1, 8).tolist() if item[1]]
+        entries = attention.entries.tolist()
+        assert {item[4] for item in items} == {len(seq.ids) for seq in seqs}
+        for item in items:
+            held = next(seq.pages for seq in seqs if len(seq.ids) == item[4])
+            assert entries[item[2] : item[2] + len(held)] == list(held)
+        for seq in seqs:
+            seq.ids.append(7)
+            if len(seq.ids) % PAGE == 1:
+                seq.add_page(next(pages))
+    assert updates["all"] == 4
 
 
 def test_logits_outlive_the_next_replay(loaded: tuple[Model, Vocabulary]) -> None:

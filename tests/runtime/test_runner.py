@@ -142,9 +142,9 @@ class Batches(RuleBasedStateMachine):
         if self.seqs:
             for at in range(steps):
                 numbers = self.step(self.decoding(), None if padding is None else len(self.seqs) + padding)
-                assert at == 0 or numbers.fresh is not None  # nothing is gathered again
+                assert at == 0 or numbers.begun is not None  # nothing is gathered again
                 begun = [i for i, s in enumerate(self.seqs) if (s.computed - 1) % PAGE == 0]
-                assert numbers.fresh is None or numbers.fresh.tolist() == begun
+                assert numbers.begun is None or numbers.begun.rows.tolist() == begun
 
     @rule(draft=st.integers(1, 9))
     def verify(self, draft: int) -> None:
