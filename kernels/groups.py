@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,7 @@ Ints = NDArray[np.int32]
 FAR = 1 << 30
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class Span(NamedTuple):  # one is made for each sequence in each step, like groups
     """One sequence's part of a step, as `agentkit.kernels.attention.Work` says it in runs of slots.
 
     Attributes:
@@ -42,8 +42,7 @@ class Span:
     pages: Ints
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class Group(NamedTuple):
     """Query rows that read one list of pages.
 
     A row sees a key when the key's context position is not behind the row's own: attention is always causal, and a
@@ -302,6 +301,8 @@ def _common(members: Sequence[Span], depth: int, page_size: int) -> int:
     """Leading pages that all members have in common, ``depth`` being known to be."""
     first, stop = members[0].pages, min(_past(span, page_size) for span in members)
     for span in members[1:]:
+        if stop <= depth:  # as where nothing is shared, which the first two tell
+            break
         differ = np.flatnonzero(first[depth:stop] != span.pages[depth:stop])
         if len(differ):
             stop = depth + int(differ[0])

@@ -56,8 +56,11 @@ def copy_pages(kv: Tensor, copies: Sequence[Copy], page_size: int) -> None:
     if len(targets) < len(copies) or targets & {c.source for c in copies}:
         raise ValueError("copies: the target of one is the source or the target of another")
     if kv.device.type == "cuda":
-        moves = [(c.source, c.target, c.tokens) for c in copies]
-        launch_move(pool, pool, torch.tensor(moves, dtype=torch.int64, device=kv.device).view(-1, 3), page_size)
+        listed = [(c.source, c.target, c.tokens) for c in copies]
+        moves = torch.tensor(listed, dtype=torch.int64, pin_memory=True).view(
+            -1, 3
+        )  # else the copy waits for the device
+        launch_move(pool, pool, moves.to(kv.device, non_blocking=True), page_size)
         return
     token = pool.shape[2] // page_size
     for c in copies:

@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from agentkit.kernels.course import Course
 from agentkit.kernels.groups import FAR, Group, Ints, Window
+from agentkit.kernels.staging import Staging
 
 #: int32 words of a work item: first row entry, row entries, first page entry, context position of the list's first
 #: token, tokens in the list, split, splits, 1 where the rows have this one part only and it is their result.
@@ -149,7 +151,9 @@ class Plan:
     entries: Tensor = field(init=False)
     partial: Tensor = field(init=False)
     lse: Tensor = field(init=False)
-    _staging: _Staging = field(init=False)
+    _staging: Staging = field(init=False)
+    _sent: int = field(default=0, init=False)  # words of page entries
+    _course: Course | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         c, s = self.capacity, self.shape
@@ -160,24 +164,25 @@ class Plan:
             raise ValueError(f"chunk: {self.chunk} tokens must be positive")
         self.arch = architecture(self.device)
         sizes = (c.items * ITEM, c.rows * MERGE, c.rows, c.rows, c.rows, c.pages * 2)
-        self._staging = _Staging(sizes, self.device)
+        self._staging = Staging(sizes, self.device)
         self.items, self.merges, self.rows, self.positions, self.targets, self.entries = self._staging.device
         self.partial = torch.empty(c.parts, s.heads, s.head_dim, dtype=torch.float32, device=self.device)
         self.lse = torch.empty(c.parts, s.heads, dtype=torch.float32, device=self.device)
         self.device = self.lse.device  # with its index, as tensors have it
 
-    def update(self, groups: Sequence[Group], tokens: int, reserve: Reserve | None = None) -> None:
+    def update(self, groups: Sequence[Group], tokens: int, reserve: Reserve | None = None, room: int = 0) -> None:
         """Refill the plan.
 
         Args:
             groups: the step's work. Each query row must be in one or more; lists of one row must not overlap.
             tokens: query rows of the batch.
             reserve: grid sizes to keep, for a captured graph; None launches what there is.
+            room: pages by which the list of a single row can grow in `advance`.
 
         Raises:
             ValueError: rows or pages out of range, a row in no group, more than the capacity or reserve holds.
         """
-        packed = _pack(groups, self)
+        packed = _pack(groups, self, room)
         _check(packed, tokens, self)
         blocks = _blocks(packed, self.shape, sorted(reserve.items) if reserve else sorted(RESIDENT))
         alone = _alone(packed, blocks)
@@ -195,18 +200,40 @@ class Plan:
         used = launches[-1].first + launches[-1].count if launches else 0
         items[: used * ITEM] = 0
         table = items.reshape(-1, ITEM)
-        lines = _items(blocks, alone, splits, order)
-        done = 0
-        for launch in launches:
-            n = counts.get(launch.tile, 0)
-            table[launch.first : launch.first + n] = lines[done : done + n]
-            done += n
+        places = np.concatenate([np.arange(x.first, x.first + counts.get(x.tile, 0)) for x in launches] or [order])
+        table[places] = _items(blocks, alone, splits, order)
         merge[: merge_count * MERGE] = 0
         merge.reshape(-1, MERGE)[: len(merges)] = merges
         for section, values in zip(rest, (packed.rows, packed.positions, targets, packed.entries), strict=True):
             section[: len(values)] = values
-        self._staging.send(len(packed.entries))
+        self._sent = len(packed.entries)
+        self._staging.send(self._sent)
         self.tokens, self.launches, self.merge_count, self.sparse = tokens, launches, merge_count, packed.sparse
+        self._course = _course(packed, blocks, places, np.repeat(order, splits[order]), self) if room else None
+
+    def advance(self, rows: Longs, pages: Sequence[int]) -> None:
+        """Refill the plan for the same sequences, each of which has decoded one more token.
+
+        What `update` would make of it, but in a few microseconds, and with the splits that the last update chose:
+        update again from time to time, as the contexts grow.
+
+        Args:
+            rows: query rows whose token is the first of a page, ascending.
+            pages: these pages.
+
+        Raises:
+            ValueError: the last update was not for decoding or left no room, or the pages are not those that lack.
+        """
+        if self._course is None:
+            raise ValueError("advance: the last update had rows that do not decode, or left no room")
+        if len(pages) and not (min(pages) >= 0 and max(pages) < self.shape.pages):
+            raise ValueError(f"pages: {min(pages)} to {max(pages)} in a pool of {self.shape.pages}")
+        self._staging.wait()
+        items, _, _, positions, _, entries = self._staging.host
+        self._course.advance(
+            items.reshape(-1, ITEM), positions, entries, rows, np.array(pages, dtype=np.int32), self.shape.page_size
+        )
+        self._staging.send(self._sent if len(rows) else 0)
 
     def with_entries(self, entries: Tensor) -> Plan:
         """This plan with page lists made on the device, for each KV head its own: see `groups.selected`.
@@ -235,43 +262,12 @@ def architecture(device: torch.device) -> str:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return int(_properties(device).multi_processor_count)
+    """Multiprocessors of a GPU; 2 for the CPU, where kernels are interpreted."""
+    return 2 if device.type == "cpu" else int(_properties(device).multi_processor_count)
 
 
 def _properties(device: torch.device) -> Any:
     return cast("Any", torch.cuda.get_device_properties(device))  # pyright: ignore[reportUnknownMemberType]
-
-
-class _Staging:
-    """Sections of int32 in one stretch of host memory and one of the device, the same all the time.
-
-    The host's is pinned where there is a GPU, so that the copy does not wait for the device; an event keeps the next
-    step from writing over it before it is read.
-    """
-
-    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        aligned = [-(-size // 4) * 4 for size in sizes]  # sections start at 16 bytes
-        self._host = torch.zeros(sum(aligned), dtype=torch.int32, pin_memory=cuda)
-        self._device = torch.zeros(sum(aligned), dtype=torch.int32, device=device)
-        starts = [sum(aligned[:i]) for i in range(len(aligned))]
-        self.device = [self._device[a : a + n] for a, n in zip(starts, sizes, strict=True)]
-        self.host: list[Ints] = [self._host[a : a + n].numpy() for a, n in zip(starts, sizes, strict=True)]
-        self._last = starts[-1]
-        self._copied = torch.cuda.Event() if cuda else None
-
-    def wait(self) -> None:
-        """Return when the last copy has been read."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def send(self, last: int) -> None:
-        """Copy every section, of the last one only so many words."""
-        stop = self._last + last
-        self._device[:stop].copy_(self._host[:stop], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,6 +280,7 @@ class _Packed:
     counts: Longs  # rows of each group
     first_row: Longs
     first_page: Longs
+    pages: Longs  # room included
     lengths: Longs
     bases: Longs
     sparse: bool
@@ -301,7 +298,7 @@ class _Blocks:
     lengths: Longs  # tokens that at least one of the block's rows can see
 
 
-def _pack(groups: Sequence[Group], plan: Plan) -> _Packed:
+def _pack(groups: Sequence[Group], plan: Plan, room: int) -> _Packed:
     size, full = plan.shape.page_size, plan.window == Window()
     groups = [group for group in groups if len(group.rows)]
     sparse = any(group.starts is not None for group in groups)
@@ -321,7 +318,12 @@ def _pack(groups: Sequence[Group], plan: Plan) -> _Packed:
         raise ValueError("groups: each row needs one position")
     if (bad := np.flatnonzero((lengths < 0) | (lengths > pages * size))).size:
         raise ValueError(f"groups: {bad[0]} has {lengths[bad[0]]} tokens in {pages[bad[0]]} pages of {size}")
-    entries = np.concatenate([empty, *(group.pages for group in groups)])
+    if room and sparse:
+        raise ValueError("room: lists of chosen pages do not grow")
+    spare = np.zeros(room, np.int32)
+    lists = [x for group in groups for x in (group.pages, spare)] if room else [group.pages for group in groups]
+    entries = np.concatenate([empty, *lists])
+    pages += room
     if len(entries) and not (entries.min() >= 0 and entries.max() < plan.shape.pages):
         raise ValueError(f"groups: pages {entries.min()} to {entries.max()} in a pool of {plan.shape.pages}")
     if sparse:
@@ -334,6 +336,7 @@ def _pack(groups: Sequence[Group], plan: Plan) -> _Packed:
         counts=counts,
         first_row=counts.cumsum() - counts,
         first_page=np.where(lengths > 0, pages.cumsum() - pages, 0),  # an empty list may lie behind the last entry
+        pages=pages,
         lengths=lengths,
         bases=bases,
         sparse=sparse,
@@ -482,6 +485,29 @@ def _items(blocks: _Blocks, alone: NDArray[np.bool_], splits: Longs, order: Long
     lines[:, 6] = splits[of]
     lines[:, 7] = (alone & (splits == 1))[of]
     return lines
+
+
+def _course(packed: _Packed, blocks: _Blocks, places: Longs, of: Longs, plan: Plan) -> Course | None:
+    """Where a step that only decodes changes in the next one; None if some row does not decode.
+
+    Args:
+        packed: the groups.
+        blocks: their blocks.
+        places: where the work items are.
+        of: the block of each.
+        plan: whose chunk is to be balanced.
+    """
+    ends = packed.bases + packed.lengths  # a list that ends with its row's own token is a group of this row alone
+    single = (packed.counts == 1) & (packed.lengths > 0)
+    own = np.flatnonzero(single & (ends == packed.positions[packed.first_row] + 1))
+    moving = np.flatnonzero(packed.positions >= 0)
+    owners = packed.rows[packed.first_row[own]].astype(np.int64)
+    if plan.chunk or len(own) != len(np.unique(packed.rows[moving])):
+        return None
+    own = own[np.argsort(owners)]
+    first = packed.first_row[own]
+    ours = np.isin(blocks.first_row[of], first)
+    return Course(places[ours], moving, np.sort(owners), packed.first_page[own], packed.lengths[own], packed.pages[own])
 
 
 def _launches(counts: Mapping[int, int], reserve: Reserve | None, capacity: int) -> tuple[Launch, ...]:

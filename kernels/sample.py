@@ -114,8 +114,8 @@ class Rows:
             [_log(f.min_p) for f in filters],
         ]
         wholes = [[min(f.top_k, 2**31) for f in filters], [_signed(s) for s in seeds], [_signed(p) for p in positions]]
-        temperature, top_p, log_min_p = torch.tensor(floats, dtype=torch.float64).to(device, non_blocking=True)
-        top_k, seed, position = torch.tensor(wholes, dtype=torch.int64).to(device, non_blocking=True)
+        temperature, top_p, log_min_p = _sent(floats, torch.float64, device)
+        top_k, seed, position = _sent(wholes, torch.int64, device)
         narrows, greedy = any(f.narrows for f in filters), all(f.greedy for f in filters)
         return Rows(temperature, top_p, log_min_p, top_k, seed, position, narrows, greedy)
 
@@ -123,11 +123,16 @@ class Rows:
         """The same for tokens at other positions, one for each row."""
         if len(positions) != len(self):
             raise ValueError(f"positions: {len(positions)} for {len(self)} rows")
-        position = torch.tensor([_signed(p) for p in positions], dtype=torch.int64)
-        return replace(self, position=position.to(self.position.device, non_blocking=True))
+        return replace(self, position=_sent([_signed(p) for p in positions], torch.int64, self.position.device))
 
     def __len__(self) -> int:
         return len(self.temperature)
+
+
+def _sent(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Numbers on a device; on a GPU without waiting for what runs there, as a copy of memory that is not pinned may."""
+    pinned = torch.device(device).type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ Heights that give the same bits may then be mixed.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -28,8 +30,9 @@ from agentkit.kernels.attention import Work
 from agentkit.kernels.groups import Span, fixed
 from agentkit.kernels.plan import RESIDENT, Capacity, Reserve, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
+from agentkit.runtime.inputs import Begun, Inputs, sampled_rows
 from agentkit.runtime.model import Model
-from agentkit.runtime.runner import Output, TorchRunner, sampled_rows
+from agentkit.runtime.runner import Output, TorchRunner
 from agentkit.runtime.sequence import Entry, Plan
 from agentkit.runtime.sequence import Sequence as Probe
 
@@ -79,6 +82,7 @@ class InvariantRunner(TorchRunner):
             kv_dtype=kv_dtype,
         )
         self.heights: tuple[int, ...] = _HEIGHTS
+        self._inputs = Inputs(max(step_tokens, running, *_HEIGHTS), page_size, model.device)
         if self._attention is not None:
             self._attention = _attention(model, pages, page_size, running)
         with torch.inference_mode():
@@ -133,15 +137,15 @@ class InvariantRunner(TorchRunner):
             pieces.append(logits[: len(piece)])
         return torch.cat(pieces)
 
-    def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Aligned | AttentionPlan:
-        c = self.model.config
+    def _work(
+        self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
+    ) -> Aligned | AttentionPlan:
+        c, rows = self.model.config, sum(entry.rows for entry in entries)
+        starts = list(accumulate((entry.rows for entry in entries), initial=0))[:-1]
         if self._attention is None:
             works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
             return Aligned(works, c.heads // c.kv_heads, self.model.dtype)
-        spans = [
-            Span(start, e.rows, e.start + e.rows, np.array(e.seq.pages, dtype=np.int32))
-            for start, e in zip(starts, entries, strict=True)
-        ]
+        spans = [Span(start, e.rows, e.start + e.rows, e.seq.table) for start, e in zip(starts, entries, strict=True)]
         height = self._height(rows)
         spans += [Span(row, 1, 0, np.empty(0, dtype=np.int32)) for row in range(rows, height)]
         groups = fixed(spans, self.page_size, _CHUNK)
@@ -188,5 +192,5 @@ def _probing(page: int, runner: TorchRunner) -> Entry:
     size, token = runner.page_size, runner.vocab_size // 2
     count = _PROBED // size + 1
     probe = Probe(page, [token] * (_PROBED + 1), "", page, 1)
-    probe.pages, probe.runs = [page] * count, [(page, 1)] * count
+    probe.pages, probe.runs = array("i", [page] * count), [(page, 1)] * count
     return Entry(probe, _PROBED, 1, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,12 @@ import torch
 
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
+from agentkit.runtime.graphs import CudaCapture
 from agentkit.runtime.invariant import InvariantRunner
 from agentkit.runtime.model import Model
 from agentkit.runtime.quantise import Weights, check_fp8, check_weights
 from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.sequence import Entry, Plan, Sequence
 from agentkit.runtime.sparse import Sparse, SparseRunner
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
@@ -47,7 +50,7 @@ class Options:
             CPU it also costs time, since they are widened for every step. ``auto`` is the dtype of activations.
         context: most tokens in one sequence; None for the model's own limit, as far as the pool reaches.
         kv_bytes: size of the KV pool; None for room for four full contexts, at most a quarter of free memory (on a
-            GPU: nine tenths of it).
+            GPU: nine tenths of what a trial step and its graphs leave).
         host_kv_bytes: memory of the host for KV pages that are evicted from the pool; they come back by a copy, not
             by being computed again. 0 forgets them. On a GPU it is pinned.
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
@@ -59,6 +62,8 @@ class Options:
             whatever is cached, drafts and preemptions included; for replay and tests. It takes longer.
         drafts: guess what is copied from the context and verify several tokens in one step where that pays. What
             comes out is the same, but for ties that the rounding of a step decides.
+        graphs: on a GPU, capture decode steps as CUDA graphs, one for each of some batch sizes, while loading. The CPU
+            has none, nor have invariant and sparse engines.
     """
 
     device: str = "auto"
@@ -76,6 +81,7 @@ class Options:
     attention: Literal["dense", "sparse"] = "dense"
     sparse: Sparse = Sparse()
     invariant: bool = False
+    graphs: bool = True
 
 
 def load_engine(path: Path, options: Options | None = None, name: str | None = None) -> Engine:
@@ -89,6 +95,7 @@ def load_engine(path: Path, options: Options | None = None, name: str | None = N
     Raises:
         ModelError: the checkpoint cannot be read, or an option does not fit it or this machine.
         CapacityError: the KV pool would be smaller than one page, or the context larger than model or pool.
+        EngineError: decode steps cannot be captured as graphs.
     """
     options = options or Options()
     name = name or str(path)
@@ -125,7 +132,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     config = checkpoint.config
     token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * kv_dtype.itemsize
     page_size = options.page_size or (64 if device.type == "cuda" else 16)
-    pages = _tokens(options, config.max_positions, token_bytes, device) // page_size
+    pages = _tokens(options, config.max_positions, token_bytes, lambda: _memory(model, page_size, options)) // page_size
     if pages < 1:
         raise CapacityError(
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
@@ -153,8 +160,10 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         sparse=options.attention == "sparse",
         host_pages=host_pages,
     )
-    make: type[TorchRunner] | partial[SparseRunner] = InvariantRunner if options.invariant else TorchRunner
-    if options.attention == "sparse":
+    make: Callable[..., TorchRunner] = partial(TorchRunner, capture=_capture(options, device))
+    if options.invariant:
+        make = InvariantRunner
+    elif options.attention == "sparse":
         make = partial(SparseRunner, sparse=options.sparse)
     runner = make(
         model,
@@ -166,6 +175,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         host_pages=host_pages,
         kv_dtype=kv_dtype,
     )
+    runner.warm_up()
     return runner, vocab, sizes
 
 
@@ -200,17 +210,44 @@ def choose_kv_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torc
     return torch.float8_e4m3fn
 
 
-def _tokens(options: Options, positions: int, token_bytes: int, device: torch.device) -> int:
-    """Tokens that the pool may hold."""
+def _capture(options: Options, device: torch.device) -> CudaCapture | None:
+    plain = not options.invariant and options.attention == "dense"
+    return CudaCapture(device) if options.graphs and plain and device.type == "cuda" else None
+
+
+def _tokens(options: Options, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
+    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them."""
     if options.kv_bytes is not None:
         return options.kv_bytes // token_bytes
     wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        affordable = int(free * 0.9) // token_bytes
-    else:
-        affordable = available_memory() // 4 // token_bytes
-    return min(wanted, affordable)
+    return min(wanted, memory() // token_bytes)
+
+
+def _memory(model: Model, page_size: int, options: Options) -> int:
+    """Bytes that the KV pool may take."""
+    if model.device.type != "cuda":
+        return available_memory() // 4
+    torch.cuda.empty_cache()  # of what loading needed for a while
+    _try(model, page_size, options)
+    left, _ = torch.cuda.mem_get_info(model.device)  # torch keeps what the trial has needed at most
+    gc.collect()
+    torch.cuda.empty_cache()
+    rows = 3 * 4 * options.running * model.config.vocab_size  # logits of a step, and what sampling makes of them
+    return max(0, int(0.9 * (left - rows)))
+
+
+@torch.inference_mode()
+def _try(model: Model, page_size: int, options: Options) -> None:
+    """Capture all graphs over a small pool, and run a step of as many tokens as there may be."""
+    pages = -(-options.step_tokens // page_size)
+    capture = _capture(options, model.device)
+    runner = TorchRunner(model, pages, page_size, options.step_tokens, options.running, capture=capture)
+    runner.warm_up()
+    prompt = Sequence(0, [0] * options.step_tokens, "", 0, options.step_tokens)
+    for page in range(pages):
+        prompt.add_page(page)
+    runner.step(Plan([Entry(prompt, 0, options.step_tokens, True)], [], []))
+    torch.cuda.synchronize(model.device)
 
 
 def available_memory() -> int:

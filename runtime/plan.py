@@ -17,6 +17,7 @@ that the step has computed.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
@@ -469,7 +470,7 @@ class Scheduler:
         for page in seq.private:
             self.pool.release(page)
         seq.node, seq.published, seq.computed = None, 0, 0
-        seq.pages, seq.runs, seq.private = [], [], set()
+        seq.pages, seq.runs, seq.private = array("i"), [], set()
         if seq.state is not State.FINISHED:
             seq.state = State.WAITING
             self._waiting.appendleft(seq)
@@ -504,7 +505,7 @@ class Scheduler:
     def dump(self) -> str:
         """The state in one line, for the messages of errors that should never happen."""
         rows = [
-            f"{s.rid}:{s.state.name} ids={len(s.ids)} computed={s.computed}+{s.in_flight} pages={s.pages} "
+            f"{s.rid}:{s.state.name} ids={len(s.ids)} computed={s.computed}+{s.in_flight} pages={list(s.pages)} "
             f"private={sorted(s.private)} awaiting={s.awaiting}"
             for s in (*self._running.values(), *self._waiting, *self._leaving.values())
         ]

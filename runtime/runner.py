@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 
 import numpy as np
@@ -17,18 +17,24 @@ from torch import Tensor
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Work
 from agentkit.kernels.flash import Layout
-from agentkit.kernels.groups import Span, shared
+from agentkit.kernels.groups import Span, flat, shared
 from agentkit.kernels.pages import Copy as PageCopy
 from agentkit.kernels.pages import copy_pages
 from agentkit.kernels.plan import Capacity, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
+from agentkit.runtime.graphs import ENTRIES, Capture, Graphs, reserve
+from agentkit.runtime.inputs import Begun, Inputs
 from agentkit.runtime.kv import PagedKV
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
 #: Rows that go through the head at once where their logits are not kept: 64 rows of Qwen3's table are 39 MB.
 HEAD_ROWS = 64
+#: Steps of a decoding batch after which its attention is planned anew, as its contexts have grown by so many tokens.
+_STEPS = 64
+_NO_PAGES = np.empty(0, np.int32)
+_NONE = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class TorchRunner:
         host_pages: pages in the host's memory for those that the pool has no room for.
         kv_dtype: of keys and values, the model's dtype by default. In float8_e4m3fn they are stored as they are, with
             scales of 1: a format with an exponent needs none as long as nothing exceeds 448.
+        capture: how decode steps are captured as graphs; None leaves them as they are.
 
     Attributes:
         kv: ``[layers, slots, 2, kv_heads, head_dim]``, the pool; its dtype is that of the KV.
@@ -101,6 +108,7 @@ class TorchRunner:
         tokens: int | None = None,
         host_pages: int = 0,
         kv_dtype: torch.dtype | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
@@ -110,13 +118,25 @@ class TorchRunner:
             device=model.device,
         )
         self._memory = PagedKV(model, self.kv, page_size, host_pages)
+        self._inputs = Inputs(max(step_tokens, running), page_size, model.device)
+        self._room = -(-_STEPS // page_size)
+        self._age = 0  # steps since the attention was planned anew
         self._attention: AttentionPlan | None = None
-        if model.device.type == "cuda":
-            c = model.config
-            shape = Shape(c.heads, c.kv_heads, c.head_dim, page_size, pages)
-            # A row is in one group for each branching point above it, rarely in more than four.
-            capacity = Capacity(rows=4 * (step_tokens + running), pages=running * -(-c.max_positions // page_size))
-            self._attention = AttentionPlan(shape, capacity, model.device, processors(model.device))
+        self._graphs: Graphs | None = None
+        if capture is not None:
+            self._graphs = Graphs(lambda batch: model.hidden(batch, self.kv), running, capture)
+        if model.device.type == "cuda" or capture is not None:
+            self._attention = self._planned(pages, step_tokens, running)
+
+    def _planned(self, pages: int, step_tokens: int, running: int) -> AttentionPlan:
+        c, device = self.model.config, self.model.device
+        shape, count = Shape(c.heads, c.kv_heads, c.head_dim, self.page_size, pages), processors(device)
+        capacity = Capacity(
+            rows=ENTRIES * step_tokens,
+            pages=running * (-(-c.max_positions // self.page_size) + 2 * self._room),
+            items=max(4096, sum(reserve(running, shape, count).items.values())),
+        )
+        return AttentionPlan(shape, capacity, device, count)
 
     @property
     def vocab_size(self) -> int:
@@ -136,9 +156,12 @@ class TorchRunner:
 
     def step(self, plan: Plan) -> Output:
         self._move(plan)
-        batch = self._batch(plan)
-        hidden = self.model.hidden(batch, self.kv)
-        return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
+        size = self._graphs.size(plan.entries) if self._graphs is not None else None
+        batch = self._batch(plan, size)
+        if self._graphs is None or size is None:
+            hidden = self.model.hidden(batch, self.kv)
+            return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
+        return Output(self._logits(self._graphs.run(batch)[: len(plan.entries)]), _NONE)
 
     def _move(self, plan: Plan) -> None:
         """Copy pages, to the host first: what follows may overwrite them."""
@@ -150,8 +173,21 @@ class TorchRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the decode steps of every size, the largest first: the others then find room in its memory.
+
+        Raises:
+            EngineError: they cannot be captured.
+        """
+        if self._graphs is not None:
+            for size in reversed(self._graphs.sizes):
+                self._graphs.run(self._batch(Plan([], [], []), size))
+
     def _scores(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Log-probabilities of the targets. Their logits, far larger than all else of a step, exist piece by piece."""
+        if not any(entry.scored for entry in plan.entries):
+            return _NONE
         rows: list[int] = []
         targets: list[tuple[int, ...]] = []
         end = 0
@@ -159,7 +195,7 @@ class TorchRunner:
             end += entry.rows
             rows += range(end - entry.scored, end)
             targets += entry.targets
-        scores = [torch.empty(0, device=hidden.device)]
+        scores: list[Tensor] = []
         for start in range(0, len(rows), HEAD_ROWS):
             piece = slice(start, start + HEAD_ROWS)
             logits = self._logits(hidden[self._tensor(rows[piece])])[:, : self.tokens]
@@ -168,36 +204,57 @@ class TorchRunner:
             scores.append(target_log_probabilities(logits, self._tensor(places), tokens))
         return torch.cat(scores)
 
-    def _batch(self, plan: Plan) -> Batch:
-        starts: list[int] = []
-        row = 0
-        for entry in plan.entries:
-            starts.append(row)
-            row += entry.rows
-        spans = [(e.start, e.start + e.rows, e.seq) for e in plan.entries]
-        tensor = self._tensor
-        return Batch(
-            ids=tensor(chain.from_iterable(entry.ids for entry in plan.entries)),
-            positions=tensor(chain.from_iterable(range(a, b) for a, b, _ in spans)),
-            slots=tensor(chain.from_iterable(self._slots(seq.pages, a, b) for a, b, seq in spans)),
-            work=self._work(plan.entries, starts, row),
-            sampled=tensor(sampled_rows(plan.entries)),
-        )
+    def _batch(self, plan: Plan, size: int | None = None) -> Batch:
+        """The batch of a plan, in the memory of the one before.
+
+        Args:
+            plan: the step.
+            size: rows to pad it to, where it is captured.
+        """
+        numbers = self._inputs.fill(plan.entries, size)
+        work = self._work(plan.entries, numbers.begun, size)
+        return Batch(numbers.ids, numbers.positions, numbers.slots, work, numbers.sampled)
 
     def _tensor(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self.model.device)
+        pinned = torch.tensor(list(values), dtype=torch.int64, pin_memory=self.model.device.type == "cuda")
+        return pinned.to(self.model.device, non_blocking=True)
 
-    def _work(self, entries: list[Entry], starts: list[int], rows: int) -> Layout | Aligned | AttentionPlan:
-        """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU."""
+    def _work(
+        self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
+    ) -> Layout | Aligned | AttentionPlan:
+        """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
+
+        Args:
+            entries: of the plan.
+            begun: as in `Numbers`.
+            size: as in `_batch`.
+        """
         if self._attention is None:
-            works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=True)]
+            starts = accumulate((entry.rows for entry in entries), initial=0)
+            works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=False)]
             return Layout(works, self.model.dtype)
-        spans = [
-            Span(start, e.rows, e.start + e.rows, np.array(e.seq.pages, dtype=np.int32))
-            for start, e in zip(starts, entries, strict=True)
-        ]
-        self._attention.update(shared(spans, self.page_size), rows)
+        if begun is not None and self._age < _STEPS:
+            self._age += 1
+            self._attention.advance(begun.rows, begun.pages)
+        else:
+            self._age = 0
+            self._attend(self._attention, entries, size)
         return self._attention
+
+    def _attend(self, attention: AttentionPlan, entries: list[Entry], size: int | None) -> None:
+        """Plan the attention of a step anew."""
+        starts = accumulate((entry.rows for entry in entries), initial=0)
+        spans = [Span(start, e.rows, e.start + e.rows, e.seq.table) for start, e in zip(starts, entries, strict=False)]
+        rows, fixed = sum(entry.rows for entry in entries), None
+        if size is not None:
+            spans += [Span(row, 1, 0, _NO_PAGES) for row in range(rows, size)]
+            rows, fixed = size, reserve(size, attention.shape, attention.processors)
+        groups = shared(spans, self.page_size)
+        entered = sum(len(group.rows) for group in groups)
+        # Each row is in as many groups as there are branching points above it: rarely in more than four.
+        if entered > ENTRIES * rows or 2 * (entered - rows) > attention.capacity.parts:
+            groups = flat(spans, self.page_size)
+        attention.update(groups, rows, fixed, self._room)
 
     def _runs(self, entry: Entry) -> tuple[tuple[int, int], ...]:
         """Slots of the entry's context: runs of consecutive pages, the last one cut at the last token."""
@@ -209,18 +266,3 @@ class TorchRunner:
             if left <= 0:
                 break
         return tuple(runs)
-
-    def _slots(self, pages: list[int], start: int, stop: int) -> list[int]:
-        size = self.page_size
-        return [pages[i // size] * size + i % size for i in range(start, stop)]
-
-
-def sampled_rows(entries: Iterable[Entry]) -> list[int]:
-    """Rows of a step whose logits are wanted: of each entry that samples its last one, and those of its draft."""
-    sampled: list[int] = []
-    row = 0
-    for entry in entries:
-        row += entry.rows
-        if entry.sample:
-            sampled.extend(range(row - 1 - len(entry.draft), row))
-    return sampled

@@ -30,6 +30,7 @@ class Sampler:
     def __init__(self, vocab: Vocabulary, vocab_size: int) -> None:
         self._text = _text_mask(vocab, vocab_size)
         self._thread = ThreadPoolExecutor(1, "agentkit-masks")
+        self._pinned = False  # where the logits are on a GPU
         self._free = self._text  # its row again and again, where the logits are
         self._batch: list[tuple[int, int]] = []  # requests and their rows
         self._rows = Rows.of([], [], [])
@@ -42,7 +43,8 @@ class Sampler:
 
     def fill(self, lives: Sequence[Live]) -> Tensor:
         """The masks of sequences, ``[r, words]`` int32: a row of each, and one for each id of its draft."""
-        masks = self._text.repeat(sum(live.rows for live in lives), 1)
+        shape = (sum(live.rows for live in lives), self._text.shape[1])
+        masks = torch.empty(shape, dtype=torch.int32, pin_memory=self._pinned).copy_(self._text)
         at = 0
         for live in lives:
             rows = masks[at : at + live.rows]
@@ -66,7 +68,8 @@ class Sampler:
             if len(self._free) < count or self._free.device != device:
                 self._free = self._text.repeat(count, 1).to(device)
             masks = self._free[:count]
-        sampled = sample(logits, masks.to(device), self._how(lives, device))
+        self._pinned = device.type == "cuda"
+        sampled = sample(logits, masks.to(device, non_blocking=True), self._how(lives, device))
         return cast("list[int]", sampled.ids.tolist())  # pyright: ignore[reportUnknownMemberType]
 
     def close(self) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from agentkit.runtime.errors import CapacityError
 from agentkit.runtime.radix import Node, Spill
@@ -50,7 +54,7 @@ class Sequence:
     state: State = State.WAITING
     computed: int = 0  # ids whose KV is in `pages`
     in_flight: int = 0  # ids after those that the step in flight computes, drafted ones included
-    pages: list[int] = field(default_factory=list[int])
+    pages: array[int] = field(default_factory=lambda: array("i"))  # `table` shows them to numpy
     runs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])  # `pages` as (first page, how many)
     private: set[int] = field(default_factory=set[int])  # the pages it owns; the others are the tree's
     node: Node | None = None  # the deepest node of its path in the tree, locked
@@ -65,6 +69,11 @@ class Sequence:
     parent: Sequence | None = None  # fork: where the tail may be copied from
     shared: int = 0  # fork: leading ids in common with the parent
     targets: Targets | None = None  # what is asked about its rows, if it is not to be continued
+
+    @property
+    def table(self) -> NDArray[np.int32]:
+        """The page table where it lies. Let go of it before the next page is added: until then that fails."""
+        return np.frombuffer(self.pages, np.int32) if self.pages else np.empty(0, np.int32)
 
     @property
     def cacheable(self) -> int:
@@ -110,7 +119,7 @@ class Sequence:
         held = -(-(self.computed + self.in_flight) // page_size)
         if self.node is None or len(self.pages) != held:
             return "has the wrong number of pages"
-        if [page for first, count in self.runs for page in range(first, first + count)] != self.pages:
+        if [page for first, count in self.runs for page in range(first, first + count)] != list(self.pages):
             return f"has runs {self.runs} for other pages"
         path = self.node.path()
         ids = [token for node in path for token in node.ids]
@@ -152,6 +161,11 @@ class Entry(NamedTuple):  # one is made for each sequence in each step: a third 
         n = max(0, min(self.n, stop) - first)
         draft = self.draft[max(0, first - self.n) : max(0, stop - self.n)]
         return Entry(self.seq, self.start + first, n, False, draft=draft)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it computes its sequence's last id alone, to sample the next one."""
+        return self.n == 1 and self.sample and not self.draft
 
     @property
     def rows(self) -> int:

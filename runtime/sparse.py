@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,8 +102,8 @@ class SparseRunner(TorchRunner):
             )
             self._plans = some, none
 
-    def _batch(self, plan: Plan) -> Batch:
-        batch = super()._batch(plan)
+    def _batch(self, plan: Plan, size: int | None = None) -> Batch:
+        batch = super()._batch(plan, size)
         some: list[tuple[int, Entry]] = []
         rest: list[tuple[int, Entry]] = []
         row = 0
@@ -143,7 +142,7 @@ class SparseRunner(TorchRunner):
             if self._plans is None:
                 works.append(Work(at, e.rows, self._runs(e)))
             else:
-                spans.append(Span(at, e.rows, e.start + e.rows, np.array(e.seq.pages, dtype=np.int32)))
+                spans.append(Span(at, e.rows, e.start + e.rows, e.seq.table))
             at += e.rows
         if self._plans is None:
             dtype = self.model.dtype

@@ -144,7 +144,7 @@ def _pages_at(s: Scene, places: Tensor, pages: int) -> Scene:
     for page, place in enumerate(places.tolist()):
         pool[place].view(torch.uint8).copy_(s.pool[page * size : (page + 1) * size].view(torch.uint8))
     there = places.to(torch.int32).numpy()
-    spans = [replace(span, pages=there[span.pages]) for span in s.spans]
+    spans = [span._replace(pages=there[span.pages]) for span in s.spans]
     return Scene(s.query, pool.flatten(0, 1), spans, replace(s.shape, pages=pages), s.scales)
 
 

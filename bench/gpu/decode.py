@@ -11,7 +11,6 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.card import Bench
-from bench.gpu.graphs import GraphDecoder
 from bench.gpu.qwen import Decoder, random_model
 from bench.gpu.report import Item, Note, Target
 from bench.gpu.timing import synchronize
@@ -29,8 +28,12 @@ def run(bench: Bench) -> Iterator[Item]:
         if batch == most:
             done = 2.0 * batch * context * (model.weight_bytes - model.head.weight_bytes) / model.dtype.itemsize
             yield bench.operations(f"prefill {batch} × {context}", done, seconds, note=_rate(batch * context, seconds))
-        yield from _eager(bench, decoder, batch, context, new)
-        yield from _captured(bench, decoder, batch, context, new)
+        name = f"decode batch {batch} at {context}"
+        with decoder.runner.eager():
+            yield from _steps(bench, decoder, f"{name}, no graph", context, new, None)
+        difference, agreeing = decoder.compare()
+        yield Note(f"{name}: {agreeing} of {batch} ids are those without a graph; logits differ by {difference:.3g}")
+        yield from _steps(bench, decoder, name, context, new, _target(bench, batch))
 
 
 def floor_bytes(decoder: Decoder, batch: int, context: int) -> int:
@@ -44,7 +47,8 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:,.0f} tok/s"
 
 
-def _eager(bench: Bench, decoder: Decoder, batch: int, context: int, new: int) -> Iterator[Item]:
+def _steps(bench: Bench, decoder: Decoder, name: str, context: int, new: int, target: Target | None) -> Iterator[Item]:
+    """Steps of the sequences that decode: how long one takes, and on what."""
     for _ in range(2):
         decoder.step()
     decoder.splits.clear()
@@ -53,9 +57,8 @@ def _eager(bench: Bench, decoder: Decoder, batch: int, context: int, new: int) -
         begin = time.perf_counter()
         decoder.step()
         steps.append(time.perf_counter() - begin)
-    seconds = statistics.median(steps)
-    name = f"decode batch {batch} at {context}"
-    yield _figure(bench, name, decoder, batch, context, seconds, _target(bench, batch))
+    seconds, batch = statistics.median(steps), decoder.decoding
+    yield _figure(bench, name, decoder, batch, context, seconds, target)
     parts = {key: statistics.median(asdict(x)[key] for x in decoder.splits) for key in asdict(decoder.splits[0])}
     for part, value in parts.items():
         yield bench.figure(f"{name}: {part}", value * 1e6, "µs", role="part", share=value / seconds, floor="step")
@@ -108,26 +111,3 @@ def _profiled(bench: Bench, decoder: Decoder) -> dict[str, float]:
         used: Any = event.self_device_time_total if cuda else event.self_cpu_time_total
         taken[event.key] = float(used) * 1e-6 / steps
     return taken
-
-
-def _captured(bench: Bench, decoder: Decoder, batch: int, context: int, new: int) -> Iterator[Item]:
-    """The same step replayed from a graph, to show what capturing it in the runner would give."""
-    name = f"decode batch {batch} at {context}, forward and sampler in a graph"
-    try:
-        graphs = GraphDecoder(decoder, batch)
-        graphs.capture()
-    except Exception as cause:
-        synchronize()  # raises again where the context is lost
-        yield Note(f"{name} did not run: {type(cause).__name__}: {str(cause)[:300]}")
-        return
-    if graphs.difference is not None:
-        largest = f"the largest difference of a logit is {graphs.difference:.3g}"
-        yield Note(f"{name}: {graphs.agreeing} of {batch} ids are those of the step without a graph; {largest}")
-    alone = bench.clock.cold(graphs.replay)
-    yield _figure(bench, f"{name}, replay alone", decoder, batch, context, alone, None)
-    steps: list[float] = []
-    for _ in range(bench.pace.repetitions(new)):
-        begin = time.perf_counter()
-        graphs.step()
-        steps.append(time.perf_counter() - begin)
-    yield _figure(bench, name, decoder, batch, context, statistics.median(steps), None)

@@ -1,19 +1,30 @@
-"""The shape of Qwen3-4B with random weights, and a scheduler and runner over it: an engine without grammars."""
+"""The shape of Qwen3-4B with random weights, and a scheduler and runner over it: an engine without grammars.
+
+Decode steps are captured; in a rehearsal, which has no graphs, they are called again instead.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from agentkit.kernels import paged
+from agentkit.kernels.attention import paged_attention
+from agentkit.kernels.flash import Layout
+from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import Filter, Rows, sample
+from agentkit.runtime import model as runtime_model
 from agentkit.runtime.config import ModelConfig
+from agentkit.runtime.graphs import CudaCapture, Replay
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.pages import PagePool
 from agentkit.runtime.plan import Scheduler
@@ -114,11 +125,42 @@ class ClockedRunner(TorchRunner):
 
     seconds = 0.0
 
-    def _batch(self, plan: Plan) -> Batch:
+    def _batch(self, plan: Plan, size: int | None = None) -> Batch:
         begin = time.perf_counter()
-        batch = super()._batch(plan)
+        batch = super()._batch(plan, size)
         self.seconds = time.perf_counter() - begin
         return batch
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Without graphs for a while."""
+        graphs, self._graphs = self._graphs, None
+        try:
+            yield
+        finally:
+            self._graphs = graphs
+
+
+def again(launch: Callable[[], Tensor]) -> Replay:
+    """In place of a capture where there are no graphs."""
+    return launch
+
+
+@contextmanager
+def plans_on_any_device() -> Iterator[None]:
+    """In a rehearsal the model takes attention plans on the CPU, where it otherwise refuses them."""
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def attention(query: Tensor, keys: Tensor, values: Tensor, work: AttentionPlan | Layout, scale: float) -> Tensor:
+        if not isinstance(work, AttentionPlan):
+            return paged_attention(query, keys, values, work, scale)
+        paged.check(query, keys, values, work, scale, 1.0)
+        return paged.attend(query, keys, values, work, scale, 1.0, 1.0)
+
+    with patch.object(runtime_model, "paged_attention", attention):
+        yield
 
 
 @dataclass
@@ -144,7 +186,10 @@ class Decoder:
 
     def __post_init__(self) -> None:
         pages = self.running * (-(-self.context // self.page_size) + 1)
-        self.runner = ClockedRunner(self.model, pages, self.page_size, self.step_tokens, self.running)
+        capture = CudaCapture(self.model.device) if self.model.device.type == "cuda" else again
+        self.runner = ClockedRunner(self.model, pages, self.page_size, self.step_tokens, self.running, capture=capture)
+        with plans_on_any_device():
+            self.runner.warm_up()
         pool = PagePool(pages)
         tree = PrefixTree(pool, self.page_size)
         self.scheduler = Scheduler(pool, tree, self.page_size, self.step_tokens, self.running, self.context)
@@ -162,6 +207,11 @@ class Decoder:
             self.step()
         return time.perf_counter() - begin
 
+    @property
+    def decoding(self) -> int:
+        """Sequences that go on."""
+        return self.scheduler.stats().running
+
     def finish(self) -> None:
         """End all sequences."""
         for rid in range(self.submitted):
@@ -173,7 +223,8 @@ class Decoder:
         times = [time.perf_counter()]
         plan = self.scheduler.plan()
         times.append(time.perf_counter())
-        logits = self.runner.step(plan).logits
+        with plans_on_any_device():
+            logits = self.runner.step(plan).logits
         times.append(time.perf_counter())
         tokens = self.choose(logits, plan)
         times.append(time.perf_counter())
@@ -182,6 +233,17 @@ class Decoder:
         split.planning, stepped, split.sampling, split.accounting = (b - a for a, b in pairwise(times))
         split.batch, split.launching = self.runner.seconds, stepped - self.runner.seconds
         self.splits.append(split)
+
+    def compare(self) -> tuple[float, int]:
+        """One step with and without its graph: the largest difference of a logit, and how many ids are the same."""
+        plan = self.scheduler.plan()
+        with plans_on_any_device():
+            with self.runner.eager():
+                plain = self.runner.step(plan).logits
+            logits = self.runner.step(plan).logits
+        chosen = logits.argmax(-1)
+        self.take(plan, chosen.tolist())
+        return float((logits - plain).abs().max()), int((chosen == plain.argmax(-1)).sum())
 
     def choose(self, logits: Tensor, plan: Plan) -> list[int]:
         """Greedy ids, read by the host as the engine reads them."""

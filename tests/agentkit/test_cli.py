@@ -404,7 +404,9 @@ def test_chat_keeps_the_session_until_new() -> None:
 
 
 def test_an_interrupt_ends_the_answer_not_the_chat() -> None:
-    command = [sys.executable, "-c", "import sys; from agentkit.cli import main; sys.exit(main())"]
+    # A shell that starts the tests in the background has them, and what they start, ignore the signal.
+    heed = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heed}; from agentkit.cli import main; sys.exit(main())"]
     arguments = ["chat", "--model", str(smol_path())]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*command, *arguments], bufsize=0, **pipes) as process:  # type: ignore[call-overload]

@@ -264,7 +264,7 @@ def test_a_plan_reads_what_its_groups_say(
 @given(batches(), windows, st.integers(1, 30))
 @settings(max_examples=60, deadline=None)
 def test_a_plan_with_a_window_reads_what_its_groups_say(spans: list[Span], window: Window, chunk: int) -> None:
-    plan = plan_of(window=window, chunk=chunk)
+    plan = plan_of(Capacity(rows=256, pages=512, items=2048, parts=8192), window=window, chunk=chunk)
     plan.update(windowed(spans, PAGE, window), sum(s.rows for s in spans))
     results, merged = follow(plan)
     assert results | merged == wanted(spans, window)
@@ -369,6 +369,52 @@ def test_nothing_of_the_last_step_is_left() -> None:
     plan.update(flat(long(1, 5), PAGE), 1, reserve)
     assert plan.items.view(-1, 8)[1:100].count_nonzero() == 0
     assert plan.merges.view(-1, 4)[:16].count_nonzero() == 0
+
+
+@given(batches(), st.integers(1, 30), st.sampled_from([None, Reserve({16: 64, 64: 16}, merges=16)]), st.integers(0, 2))
+@settings(max_examples=100, deadline=None)
+def test_a_plan_that_went_on_says_what_a_new_one_would(
+    spans: list[Span], steps: int, reserve: Reserve | None, padding: int
+) -> None:
+    spans = [Span(i, 1, s.context, s.pages) for i, s in enumerate(spans)]
+    idle = [Span(len(spans) + i, 1, 0, np.empty(0, np.int32)) for i in range(padding)]
+    fresh = iter(range(1000, PAGES))
+    plan = plan_of()
+    plan.update(shared([*spans, *idle], PAGE, 8), len(spans) + padding, reserve, room=-(-steps // PAGE))
+    launches = plan.launches, plan.merge_count
+    for _ in range(steps):
+        begun = [i for i, s in enumerate(spans) if s.context % PAGE == 0]
+        added = {i: next(fresh) for i in begun}
+        spans = [
+            s._replace(
+                context=s.context + 1, pages=np.append(s.pages, [added[i]] if i in added else []).astype(np.int32)
+            )
+            for i, s in enumerate(spans)
+        ]
+        plan.advance(np.array(begun, dtype=np.int64), list(added.values()))
+    results, merged = follow(plan)
+    assert results | merged == wanted([*spans, *idle])
+    assert (plan.launches, plan.merge_count) == launches
+
+
+def test_a_plan_goes_on_only_where_it_can() -> None:
+    plan, none = plan_of(), np.empty(0, np.int64)
+    for update in (
+        lambda: plan.update(flat(long(2, 9), PAGE), 2),
+        lambda: plan.update(flat(long(2, 9, rows=2), PAGE), 4, room=1),
+    ):
+        update()
+        with pytest.raises(ValueError, match="advance: the last update"):
+            plan.advance(none, [])
+    plan.update(flat(long(1, 8), PAGE), 1, room=1)
+    with pytest.raises(ValueError, match="are full"):
+        plan.advance(none, [])
+    with pytest.raises(ValueError, match="in a pool of"):
+        plan.advance(np.array([0]), [PAGES])
+    for begun in ([0], [], [], []):
+        plan.advance(np.array(begun, dtype=np.int64), [7] * len(begun))
+    with pytest.raises(ValueError, match="room for"):
+        plan.advance(np.array([0]), [8])
 
 
 def group(**changed: object) -> Group:
