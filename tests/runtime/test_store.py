@@ -82,6 +82,23 @@ async def test_a_fresh_engine_goes_on_without_computing_anything_again(
         engine.check()
 
 
+async def test_kv_of_8_bits_goes_to_a_file_and_back(folder: Path, tmp_path: Path) -> None:
+    with tiny.engine(folder, kv_dtype="fp8") as engine:
+        ids = [*PROMPT, *(await run(engine, PROMPT)).ids]
+        saved = save(engine, tmp_path / "a", ids, {})
+        following = (await run(engine, [*ids, *NEW])).ids
+    with tiny.engine(folder, kv_dtype="fp8") as engine:
+        assert restore(engine, tmp_path / "a") == (ids, saved.kv_tokens, "")
+        again = await run(engine, [*ids, *NEW])
+        assert again.finish.usage.prefilled == len(ids) + len(NEW) - saved.kv_tokens
+        assert again.ids == following
+    with tiny.engine(folder) as engine:
+        assert restore(engine, tmp_path / "a")[1:] == (
+            0,
+            "its KV does not fit this engine: dtype float8_e4m3fn instead of float32",
+        )
+
+
 async def test_ids_alone_suffice(folder: Path, conversation: Conversation, tmp_path: Path) -> None:
     _, ids, following = conversation
     path = tmp_path / "b"
