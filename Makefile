@@ -25,7 +25,10 @@ types: .venv/ready
 bench: .venv/ready
 	$(BIN)/agentkit models pull smollm2-135m
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/drafts.py
+	$(BIN)/python bench/invariance.py
+	$(BIN)/python bench/sparse.py
 	$(BIN)/python bench/sessions.py
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/schemas.py

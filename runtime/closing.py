@@ -11,6 +11,7 @@ finds is proven, and at worst it finds nothing.
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 #: States either way of searching may look at before it gives up (the second one more for each token allowed); about
 #: 0.2 ms each.
 EXPANSIONS = 2000
+#: Levels of nesting that a completion may open beyond those that are open. A schema that asks for more asks for endless
+#: ones: each level costs the matcher more than the one above it.
+_NESTED = 64
 
 # One token's worth of JSON without content: an end, a separator and a beginning or one of the shortest values.
 _PUNCTUATION = re.compile(rb' ?"?[}\]]{0,4}\n?[,:]? ?(?:""|\[\]|{}|[\[{]{0,2}"?|null|true|false|[0-9])?', re.DOTALL)
@@ -248,9 +252,10 @@ class Search:
 
     def _explore(self, matcher: Matcher, text: bytes, limit: int, deep: bool) -> list[int] | None:
         start = _Node(matcher.fork(), [], 0.0, self._hints.context(text), text)
+        deepest = _NESTED + (start.context.depth if start.context is not None else 0)
         heap: _Heap = []
         seen: set[tuple[object, ...]] = set()
-        self._push(heap, start, limit)
+        self._push(heap, start, limit, deepest=deepest)
         for turn in range(EXPANSIONS + deep * limit):
             if not heap:
                 return None
@@ -268,7 +273,7 @@ class Search:
                 if all(map(child.advance, move)):
                     # A text that must be long, as of a format, is no reason to turn back.
                     step = self._step(node, child, move, min(len(move), 4) + len(move) / 8)
-                    self._push(heap, step, limit, place / _LOOK - turn if deep else None)
+                    self._push(heap, step, limit, place / _LOOK - turn if deep else None, deepest)
         return None
 
     def _moves(self, node: _Node, legal: NDArray[np.bool_], limit: int) -> Iterable[Sequence[int]]:
@@ -279,13 +284,15 @@ class Search:
                 return [[i] for i in marks]
         return self._contents(node, limit)
 
-    def _push(self, heap: _Heap, node: _Node, limit: int, rank: float | None = None) -> None:
-        """Take what is forced, then put the node in line, by rank or by merit, unless it is too long."""
+    def _push(self, heap: _Heap, node: _Node, limit: int, rank: float | None = None, deepest: float = math.inf) -> None:
+        """Take what is forced, then put the node in line, by rank or by merit, unless it is too long or too deep."""
         while forced := node.matcher.forced():
             if len(node.path) + len(forced) > limit or not all(map(node.matcher.advance, forced)):
                 return
             node = self._step(node, node.matcher, forced, len(forced) / 4)
-        if len(node.path) > limit:
+            if node.context is not None and node.context.depth > deepest:
+                return
+        if len(node.path) > limit or (node.context is not None and node.context.depth > deepest):
             return
         estimate = node.cost if rank is None else rank
         if node.context is not None and rank is None:

@@ -62,14 +62,14 @@ def test_what_is_evicted_comes_back_by_a_copy() -> None:
     plan = scheduler.plan()
     (entry,) = plan.entries
     assert (entry.start, entry.n, entry.seq.cached) == (10, 2, 10)
-    assert [restore.page for restore in plan.restores] == entry.seq.pages[1:]
+    assert [restore.page for restore in plan.restores] == list(entry.seq.pages[1:])
     assert {restore.slot for restore in plan.restores} == {0, 1}
     assert plan.copies == []
     scheduler.check()
     assert all(scheduler.pool.owner(restore.page) == Owner.PRIVATE for restore in plan.restores)
     scheduler.complete(plan)
     scheduler.check()
-    assert scheduler.tree.match("", OLD, 8).pages == entry.seq.pages[:2]
+    assert scheduler.tree.match("", OLD, 8).pages == list(entry.seq.pages[:2])
 
 
 def test_the_host_forgets_what_was_least_recently_used() -> None:
@@ -101,7 +101,7 @@ def test_what_is_brought_back_is_not_forgotten_to_make_room_for_it() -> None:
     assert (back.pages, len(back.host)) == ([], 2)
     scheduler.submit(4, OLD)
     plan = scheduler.plan()
-    assert [restore.page for restore in plan.restores] == plan.entries[0].seq.pages[:2]
+    assert [restore.page for restore in plan.restores] == list(plan.entries[0].seq.pages[:2])
     assert plan.spills == []
     scheduler.check()
     scheduler.complete(plan)
