@@ -55,9 +55,8 @@ class Windowed:
         kv_heads, d = keys.shape[1:]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for rows, slots, mask in self._blocks:
-            q = (
-                query[rows].view(-1, kv_heads, query.shape[1] // kv_heads, d).permute(1, 2, 0, 3)
-            )  # [kv_heads, group, rows, d]
+            q = query[rows].view(-1, kv_heads, query.shape[1] // kv_heads, d)
+            q = q.permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
 
             def heads(pool: Tensor, slots: Tensor = slots, group: int = q.shape[1]) -> Tensor:
                 return selected(pool, slots, query.dtype).transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
