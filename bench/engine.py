@@ -59,7 +59,8 @@ def alone(engine: Engine, history: int, count: int, new: int, grammar: GrammarSp
 
     def push(rid: int, item: Chunk | Finish | BaseException) -> None:
         if isinstance(item, Chunk):
-            first.setdefault(rid, time.perf_counter())
+            if rid not in first:
+                first[rid] = time.perf_counter()
             return
         last[rid] = time.perf_counter()
         done.release()

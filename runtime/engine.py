@@ -410,8 +410,10 @@ class Engine:
         taking: list[Live] = []
         for entry in plan.entries:
             if entry.sample:
-                taking.append(self._live[entry.seq.rid])
-                taking[-1].verify(entry.draft)
+                live = self._live[entry.seq.rid]
+                taking.append(live)
+                if entry.draft:
+                    live.verify(entry.draft)
         try:
             filling = self._sampler.begin(taking)
             output = self.runner.step(plan)
@@ -420,15 +422,19 @@ class Engine:
         except Exception as error:
             self._fail(plan, error)
             return
-        self._computed += sum(entry.rows for entry in plan.entries)
+        self._computed += sum(entry.seq.in_flight for entry in plan.entries)
         new = any(entry.start + entry.n > entry.seq.reached for entry in plan.entries)
         for at, entry in enumerate(plan.entries):
             if entry.draft:  # cut where its masks could not be filled: what stands there then is not verified
                 plan.entries[at] = entry._replace(draft=self._live[entry.seq.rid].draft)
-        outcomes = self._answer(plan, scores) + self._take(taking, output.logits, masks)
+        others = len(taking) < len(plan.entries)  # those that are only asked about, or read a long prompt
+        outcomes = self._take(taking, output.logits, masks)
+        if others:
+            outcomes += self._answer(plan, scores)
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
-        self._report(plan)
+        if others:
+            self._report(plan)
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         self._watchdog.step(new, self._scheduler.dump)

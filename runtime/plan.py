@@ -196,7 +196,7 @@ class Scheduler:
         if entries:  # without any the step does not run
             plan.spills.extend(self.tree.take_spills())
         for entry in plan.entries:
-            entry.seq.in_flight = entry.rows
+            entry.seq.in_flight = entry.n + len(entry.draft)
         stuck = self._sequences and not (plan.entries or plan.failed)
         if stuck and not any(seq.awaiting for seq in self._sequences.values()):
             raise Corruption(f"no progress is possible, yet requests are queued: {self.dump()}")
@@ -259,7 +259,8 @@ class Scheduler:
 
     def _continue_running(self, entries: dict[int, Entry], plan: Plan) -> bool:
         """Give running sequences their tokens; True if one was preempted for it."""
-        active = [seq for seq in self._running.values() if seq.remaining]
+        size = self.page_size
+        active = [seq for seq in self._running.values() if len(seq.ids) > seq.computed]  # no step is in flight
         order = [seq for seq in active if seq.decodes]
         decoding = len(order)
         if decoding < len(active):
@@ -267,10 +268,10 @@ class Scheduler:
         budget = self.token_budget
         preempted = False
         for place, seq in enumerate(order):
-            reserved = max(0, decoding - place - 1)  # a token for each decoding sequence still to come
-            want = min(seq.remaining, budget - reserved)
+            reserved = decoding - place - 1 if place < decoding else 0  # a token for each that decodes still to come
+            want = min(len(seq.ids) - seq.computed, budget - reserved)
             while want > 0 and seq.state is State.RUNNING:
-                n = self._extend(seq, want)
+                n = want if seq.computed + want <= len(seq.pages) * size else self._extend(seq, want)
                 if n:
                     entries[seq.rid] = _entry(seq, n)
                     budget -= n
@@ -395,10 +396,8 @@ class Scheduler:
 
     def _extend(self, seq: Sequence, n: int) -> int:
         """Allocate pages for up to ``n`` more tokens, evicting as needed; returns how many have room."""
-        if seq.computed + n > len(seq.pages) * self.page_size:
-            self._reserve(self._pages(seq.computed + n) - len(seq.pages))
-            return self._grow(seq, n)
-        return n
+        self._reserve(self._pages(seq.computed + n) - len(seq.pages))
+        return self._grow(seq, n)
 
     def _grow(self, seq: Sequence, n: int) -> int:
         """`_extend` with no more than the pages that are free."""
