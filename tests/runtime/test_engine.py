@@ -626,7 +626,7 @@ async def test_an_exception_in_the_middle_of_the_loop_loses_what_runs_and_nothin
 ) -> None:
     """Whatever is thrown into the thread and wherever, callers hear of it, pages balance, the next request works."""
     expected = (await run(engine, max_tokens=6, ignore_end=True)).ids
-    for name in ("_drafts", "_take", "_answer", "_hand_out", "_emit_parked"):
+    for name in ("_drafts", "_take", "_hand_out", "_emit_parked"):
         async with engine.generate(Request([1] * 40, max_tokens=400, ignore_end=True)) as other:
             await other.__anext__()
             thread = engine._thread.ident
