@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from agentkit.kernels.plan import RESIDENT, Capacity, Reserve, Shape, processors
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.runtime.inputs import Begun, Inputs, sampled_rows
 from agentkit.runtime.model import Model
-from agentkit.runtime.runner import Output, TorchRunner
+from agentkit.runtime.runner import Kept, Output, TorchRunner
 from agentkit.runtime.sequence import Entry, Plan
 from agentkit.runtime.sequence import Sequence as Probe
 
@@ -60,27 +61,9 @@ class InvariantRunner(TorchRunner):
     """
 
     def __init__(
-        self,
-        model: Model,
-        pages: int,
-        page_size: int,
-        step_tokens: int,
-        running: int,
-        *,
-        tokens: int | None = None,
-        host_pages: int = 0,
-        kv_dtype: torch.dtype | None = None,
+        self, model: Model, pages: int, page_size: int, step_tokens: int, running: int, **kept: Unpack[Kept]
     ) -> None:
-        super().__init__(
-            model,
-            pages,
-            page_size,
-            step_tokens,
-            running,
-            tokens=tokens,
-            host_pages=host_pages,
-            kv_dtype=kv_dtype,
-        )
+        super().__init__(model, pages, page_size, step_tokens, running, **kept)
         self.heights: tuple[int, ...] = _HEIGHTS
         self._inputs = Inputs(max(step_tokens, running, *_HEIGHTS), page_size, model.device)
         if self._attention is not None:

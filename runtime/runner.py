@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -76,6 +76,14 @@ class Runner(Protocol):
     def step(self, plan: Plan) -> Output:
         """Execute a plan."""
         ...
+
+
+class Kept(TypedDict, total=False):
+    """What a kind of `TorchRunner` hands on to it: its keyword arguments, but for those of its own."""
+
+    tokens: int | None
+    host_pages: int
+    kv_dtype: torch.dtype | None
 
 
 class TorchRunner:

@@ -87,11 +87,6 @@ class Sequence:
         return self.namespace.startswith(SPARSE)
 
     @property
-    def remaining(self) -> int:
-        """Ids that no step has computed yet."""
-        return len(self.ids) - self.computed - self.in_flight
-
-    @property
     def decodes(self) -> bool:
         """Whether what remains is what was emitted last, and not a prompt."""
         return self.computed + 1 >= self.goal

@@ -13,8 +13,8 @@ never share a page. Within the sparse one a token's KV also depends on whether i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from agentkit.kernels.attention import Parts, Work
@@ -23,7 +23,7 @@ from agentkit.kernels.groups import Span, Window, shared, windowed
 from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.windowed import Windowed
 from agentkit.runtime.model import Batch, Model
-from agentkit.runtime.runner import TorchRunner
+from agentkit.runtime.runner import Kept, TorchRunner
 from agentkit.runtime.sequence import Entry, Plan
 
 
@@ -75,20 +75,9 @@ class SparseRunner(TorchRunner):
         running: int,
         *,
         sparse: Sparse,
-        tokens: int | None = None,
-        host_pages: int = 0,
-        kv_dtype: torch.dtype | None = None,
+        **kept: Unpack[Kept],
     ) -> None:
-        super().__init__(
-            model,
-            pages,
-            page_size,
-            step_tokens,
-            running,
-            tokens=tokens,
-            host_pages=host_pages,
-            kv_dtype=kv_dtype,
-        )
+        super().__init__(model, pages, page_size, step_tokens, running, **kept)
         layers = model.config.layers
         self.sparse, self.layer = sparse, layers // 2 if sparse.layer is None else sparse.layer
         if not 0 <= self.layer < layers:
