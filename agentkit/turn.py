@@ -22,7 +22,8 @@ from agentkit.runtime.grammar import (
     LarkSpec,
     RegexSpec,
 )
-from agentkit.runtime.schema import examples, inline
+from agentkit.runtime.schema.front import examples, inline
+from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.text import Piece
 from agentkit.template import Signature, Tag, Tags
 
@@ -80,6 +81,7 @@ class CallReady:
     arguments: dict[str, Any]
 
 
+_Reports = list[tuple[str, SchemaReport]]
 Event = TextDelta | OutputDelta | CallStarted | ArgumentDelta | CallReady
 
 
@@ -117,10 +119,10 @@ def turn_spec(
     schemas = [json.dumps(tool.schema) for tool in usable]
     if isinstance(final, JsonSpec):
         schemas.append(final.schema)
-    warnings: list[str] = []
-    rules = _call_rules(usable, tags, parallel, warnings)
+    reports: _Reports = []
+    rules = _call_rules(usable, tags, parallel, reports)
     if choice == "auto":
-        rules += _final_rules(final, warnings)
+        rules += _final_rules(final, reports)
     return LarkSpec(
         "\n".join([_start(choice, final, tags), *rules]),
         control=frozenset(t for t in (tags.open.token, tags.close.token) if t is not None),
@@ -132,7 +134,7 @@ def turn_spec(
             tokens=() if tags.open.token is None else (tags.open.token,),
             examples=tuple(sample for text in schemas for sample in examples(text)),
         ),
-        warnings=tuple(warnings),
+        reports=tuple(reports),
     )
 
 
@@ -162,7 +164,7 @@ def _text(tags: Tags) -> str:
     return r"TEXT: /([^<\s](?s:.)*)?/ & ~/(?s:.)*<\/?tool_(?s:.)*/"
 
 
-def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, warnings: list[str]) -> list[str]:
+def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports: _Reports) -> list[str]:
     """The calls of a turn, each after its opening tag, byte for byte as chat templates write them."""
     # A line break is what an untrained model writes after anything: the tag of ordinary text follows without one, so
     # that one more call is a choice of its own, beside the end of the turn.
@@ -173,22 +175,22 @@ def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, warnings
     rules = [f"calls: call{again}", f'call: "\\n{{\\"name\\": \\"" ({" | ".join(names)}) "}}" {close}']
     for name, tool in zip(names, tools, strict=True):
         try:
-            arguments, found = inline(json.dumps(tool.schema), "call")
+            front = inline(json.dumps(tool.schema), "call")
         except SchemaError as error:
             raise SchemaError(f"The arguments of the tool {tool.name}: {error}", error.pointer) from None
-        warnings += [f"Tool {tool.name}: {warning}" for warning in found]
-        rules.append(f"{name}: {_literal(tool.name + _MIDDLE)} %json {json.dumps(arguments)}")
+        reports.append((f"tool {tool.name}", front.report))
+        rules.append(f"{name}: {_literal(tool.name + _MIDDLE)} %json {json.dumps(front.schema)}")
     return rules
 
 
-def _final_rules(final: GrammarSpec | None, warnings: list[str]) -> list[str]:
+def _final_rules(final: GrammarSpec | None, reports: _Reports) -> list[str]:
     match final:
         case None:
             return []
         case JsonSpec(text, style):
-            schema, found = inline(text, style)
-            warnings += found
-            return [f"final: %json {json.dumps(schema)}"]
+            front = inline(text, style)
+            reports.append(("output", front.report))
+            return [f"final: %json {json.dumps(front.schema)}"]
         case RegexSpec(pattern):
             return [f"final: FINAL\nFINAL: /{pattern.replace('/', chr(92) + '/')}/"]
         case ChoiceSpec(options):

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from agentkit.runtime.closing import Candidates, Hints, Search, complete, example
 from agentkit.runtime.errors import EngineError, SchemaError
-from agentkit.runtime.schema import Style, examples, inline, limits, summary
+from agentkit.runtime.schema.front import Style, examples, inline, limits, summary
+from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.vocab import Vocabulary
 
 _CACHE = 512
@@ -69,13 +70,13 @@ class LarkSpec:
         text: the grammar.
         control: control tokens that it names (``<[151657]>``); all others are never legal.
         hints: for completing an output.
-        warnings: of the schemas inside it, see `inline`.
+        reports: on the schemas inside it, each with a word on what it is for.
     """
 
     text: str
     control: frozenset[int] = frozenset()
     hints: Hints = field(default_factory=Hints)
-    warnings: tuple[str, ...] = ()
+    reports: tuple[tuple[str, SchemaReport], ...] = ()
 
 
 GrammarSpec = JsonSpec | RegexSpec | ChoiceSpec | LarkSpec
@@ -86,7 +87,7 @@ class Grammar:
 
     Attributes:
         key: identity of vocabulary and spec.
-        warnings: what the grammar does not enforce, one sentence each; check the document at the end.
+        reports: on the schemas inside it, each with a word on what it is for; ``""`` where it is the whole output.
         minimum: tokens of a short complete output, of about the least that a request must allow.
         reserve: budget left below which `Closer` looks at every token.
     """
@@ -97,10 +98,10 @@ class Grammar:
         root: llguidance.LLMatcher,
         tables: _Tables,
         hints: Hints,
-        warnings: Sequence[str],
+        reports: Sequence[tuple[str, SchemaReport]],
         size: int,
     ) -> None:
-        self.key, self.warnings = key, tuple(warnings)
+        self.key, self.reports = key, tuple(reports)
         self._root, self._tables = root, tables
         self._search = Search(tables.candidates, hints, tables.words)
         # What is open at any time can hardly need more tokens than the whole schema has.
@@ -296,24 +297,26 @@ class GrammarCompiler:
 
     def _compile(self, key: str, spec: GrammarSpec) -> Grammar:
         hints, control, size = Hints(), frozenset[int](), len(repr(spec))
+        reports: tuple[tuple[str, SchemaReport], ...] = ()
         match spec:
             case JsonSpec(text, style):
-                schema, warnings = inline(text, style)
-                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+                front = inline(text, style)
+                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(front.schema)))
+                reports = (("", front.report),)
                 hints = Hints(json=True, examples=examples(text))
             case RegexSpec(pattern):
-                root, warnings = self._root(llguidance.LLMatcher.grammar_from_regex(pattern)), []
+                root = self._root(llguidance.LLMatcher.grammar_from_regex(pattern))
                 hints = Hints(examples=tuple(filter(None, [example(pattern)])))
             case ChoiceSpec(options):
                 if not options or "" in options:
                     raise SchemaError("A choice needs at least one option and no empty text. Remove the empty one.")
                 alternatives = " | ".join(json.dumps(option, ensure_ascii=False) for option in options)
                 lark = f"start: OPTION\nOPTION: {alternatives}"
-                root, warnings = self._root(llguidance.LLMatcher.grammar_from_lark(lark)), []
+                root = self._root(llguidance.LLMatcher.grammar_from_lark(lark))
                 hints = Hints(examples=options)
-            case LarkSpec(text, control, hints, noted):
-                root, warnings = self._root(llguidance.LLMatcher.grammar_from_lark(text)), list(noted)
-        return Grammar(key, root, self._tables(control), hints, warnings, size)
+            case LarkSpec(text, control, hints, reports):
+                root = self._root(llguidance.LLMatcher.grammar_from_lark(text))
+        return Grammar(key, root, self._tables(control), hints, reports, size)
 
     def _root(self, grammar: str) -> llguidance.LLMatcher:
         root = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())

@@ -363,12 +363,15 @@ def test_other_specs_that_cannot_be_used_are_refused(spec: GrammarSpec):
 
 def test_overlapping_one_of_is_reported():
     grammar = compiled({"oneOf": [{"type": "object"}, {"type": "object", "properties": {"b": {"type": "string"}}}]})
-    assert "oneOf" in grammar.warnings[0]
+    [(_, report)] = grammar.reports
+    assert (report.status, report.findings[0].keyword) == ("verified", "oneOf")
 
 
 def test_an_unknown_format_is_an_annotation_and_reported():
     grammar = compiled({"type": "object", "properties": {"a": {"type": "string", "format": "iban"}}})
-    assert grammar.warnings == ("/properties/a: format 'iban' is not enforced.",)
+    [(_, report)] = grammar.reports
+    assert list(map(str, report.findings)) == ["/properties/a: format: 'iban' is an annotation and not enforced."]
+    assert report.status == "exact"
 
 
 def test_a_schema_cannot_change_how_it_is_compiled():

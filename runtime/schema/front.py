@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import jsonschema
@@ -15,6 +16,7 @@ from jsonschema.validators import validator_for
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.report import Finding, SchemaReport
 
 Style = Literal["call", "document"]
 Json = dict[str, Any]
@@ -80,8 +82,21 @@ _SAMPLES = {
 _PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 
 
-def prepare(text: str) -> tuple[Json, list[str]]:
-    """The schema in `text` checked, and without what is an annotation; and warnings about the latter.
+@dataclass(frozen=True, slots=True)
+class Front:
+    """A schema ready for llguidance, and what became of the user's own.
+
+    Attributes:
+        schema: as llguidance is given it, alone or after ``%json`` in a grammar.
+        report: on the user's schema, whose pointers it uses.
+    """
+
+    schema: Json
+    report: SchemaReport
+
+
+def prepare(text: str) -> tuple[Json, list[Finding]]:
+    """The schema in `text` checked, and without what is an annotation; and findings about the latter.
 
     Raises:
         SchemaError: not JSON, not a valid schema, too large or too deep, or it refers to another document.
@@ -108,26 +123,26 @@ def prepare(text: str) -> tuple[Json, list[str]]:
         raise SchemaError(
             f"The schema is not valid at {pointer or 'the root'}: {error.message[:300]}. Correct it.", pointer
         ) from None
-    warnings: list[str] = []
+    findings: list[Finding] = []
     schema.pop("x-guidance", None)  # would change how llguidance compiles it
     for pointer, part in _parts(schema):
         _require_local(part, pointer)
         kind = part.get("format")
         if isinstance(kind, str) and kind not in _FORMATS:
             del part["format"]
-            warnings.append(f"{pointer or 'the root'}: format {kind!r} is not enforced.")
-    return schema, warnings
+            findings.append(Finding(pointer, "format", "exact", f"{kind!r} is an annotation and not enforced."))
+    return schema, findings
 
 
-def inline(text: str, style: Style) -> tuple[Json, list[str]]:
-    """The schema in `text` as llguidance is given it, alone or after ``%json`` in a grammar; and warnings.
+def inline(text: str, style: Style) -> Front:
+    """The schema in `text` as llguidance is given it, alone or after ``%json`` in a grammar, and the report on it.
 
-    First exact, then with ``oneOf`` taken as ``anyOf``, which is among the warnings; never more lenient.
+    First exact, then with ``oneOf`` taken as ``anyOf``, which is among the findings; never more lenient.
 
     Raises:
         SchemaError: as `prepare`, or llguidance cannot enforce a part of it, which the message names.
     """
-    schema, warnings = prepare(text)
+    schema, findings = prepare(text)
     narrowed = narrow(schema)
     error = ""
     for coerce in (False, True):
@@ -138,8 +153,9 @@ def inline(text: str, style: Style) -> tuple[Json, list[str]]:
             refusal = _refusal(compiled)
             if not refusal:
                 if coerce:
-                    warnings.append("oneOf: that exactly one branch fits is not enforced, only that one does.")
-                return compiled, warnings
+                    reason = "that exactly one branch fits is not enforced, only that one does."
+                    findings.append(Finding("", "oneOf", "verified", reason))
+                return Front(compiled, SchemaReport(tuple(findings)))
             error = error or refusal
     pointer = _locate(schema, lambda part: bool(_refusal({**part, "x-guidance": options})))
     raise SchemaError(
