@@ -132,7 +132,8 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     config = checkpoint.config
     token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * kv_dtype.itemsize
     page_size = options.page_size or (64 if device.type == "cuda" else 16)
-    pages = _tokens(options, config.max_positions, token_bytes, lambda: _memory(model, page_size, options)) // page_size
+    tokens = _tokens(options, device, config.max_positions, token_bytes, lambda: _memory(model, page_size, options))
+    pages = tokens // page_size
     if pages < 1:
         raise CapacityError(
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
@@ -215,9 +216,15 @@ def _capture(options: Options, device: torch.device) -> CudaCapture | None:
     return CudaCapture(device) if options.graphs and plain and device.type == "cuda" else None
 
 
-def _tokens(options: Options, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
-    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them."""
+def _tokens(options: Options, device: torch.device, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
+    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them.
+
+    Raises:
+        CapacityError: ``kv_bytes`` is more than there is. A CPU would find out when the pool is written.
+    """
     if options.kv_bytes is not None:
+        if device.type == "cpu" and options.kv_bytes > (most := available_memory()):
+            raise CapacityError(f"kv_bytes is {options.kv_bytes:,}, but {most:,} bytes of memory are free: lower it")
         return options.kv_bytes // token_bytes
     wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
     return min(wanted, memory() // token_bytes)

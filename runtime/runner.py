@@ -25,7 +25,7 @@ from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
 from agentkit.runtime.graphs import ENTRIES, Capture, Graphs, reserve
 from agentkit.runtime.inputs import Begun, Inputs
-from agentkit.runtime.kv import PagedKV
+from agentkit.runtime.kv import PagedKV, zeros
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
@@ -120,11 +120,8 @@ class TorchRunner:
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
-        self.kv = torch.zeros(
-            (model.config.layers, pages * page_size, *model.kv_shape),
-            dtype=kv_dtype or model.dtype,
-            device=model.device,
-        )
+        shape = (model.config.layers, pages * page_size, *model.kv_shape)
+        self.kv = zeros(shape, kv_dtype or model.dtype, model.device)
         self._memory = PagedKV(model, self.kv, page_size, host_pages)
         self._inputs = Inputs(max(step_tokens, running), page_size, model.device)
         self._room = -(-_STEPS // page_size)
