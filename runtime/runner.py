@@ -69,6 +69,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns while a device still computes what it gives."""
+        ...
+
+    @property
     def memory(self) -> PagedKV | None:
         """The KV, to be moved elsewhere; None where there is none."""
         ...
@@ -157,6 +162,10 @@ class TorchRunner:
     @property
     def digest(self) -> str:
         return self.model.digest
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.model.device.type == "cuda"
 
     @property
     def memory(self) -> PagedKV:
