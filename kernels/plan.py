@@ -217,11 +217,6 @@ class Plan:
         self.launches, self.merge_count, self.sparse = launches, merge_count, packed.sparse
         self._course = _course(packed, blocks, places, np.repeat(order, splits[order]), self) if room else None
 
-    @property
-    def advances(self) -> bool:
-        """Whether `advance` can follow the last update."""
-        return self._course is not None
-
     def advance(self, rows: Longs, pages: Sequence[int]) -> None:
         """Refill the plan for the same sequences, each of which has decoded one more token.
 
