@@ -70,7 +70,7 @@ def chunked_attention_reference(
     Returns:
         ``[t, heads, d]`` in the dtype of ``query``.
     """
-    turns = query.unflatten(0, (TURNS, -1))
+    turns = query.chunk(TURNS)
     out = torch.empty_like(turns[0], memory_format=torch.contiguous_format)
     group, wide = query.shape[1] // keys.shape[1], torch.promote_types(query.dtype, torch.float32)
     for item in work:
@@ -82,8 +82,8 @@ def chunked_attention_reference(
         own = at[-item.rows :, None]
         apart = (own // length - at // length).clamp(max=TURNS - 1)
         scores = torch.full((query.shape[1], *apart.shape), -math.inf, dtype=wide, device=keys.device)
-        for turn in range(TURNS):
-            products = turns[turn, rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
+        for turn, queries in enumerate(turns):
+            products = queries[rows].transpose(0, 1).to(wide) @ k.transpose(1, 2) * scale
             scores = torch.where((apart == turn) & (at <= own), products, scores)
         out[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
     return out
@@ -112,13 +112,14 @@ class Chunked:
         Returns:
             ``[t, heads, d]``.
         """
-        turns = query.unflatten(0, (TURNS, -1))
+        turns = query.chunk(TURNS)
         out = torch.empty_like(turns[0], memory_format=torch.contiguous_format)
         for rows, seen in self._blocks:
             found: list[Part] = []
-            for turn, runs in zip(turns[:, rows], seen, strict=True):
+            for queries, runs in zip(turns, seen, strict=True):
                 if runs:
-                    found += parts(turn, keys, values, runs, 0 if found else len(turn), scale)
+                    q = queries[rows]
+                    found += parts(q, keys, values, runs, 0 if found else len(q), scale)
             out[rows] = joined(found, out[rows].shape)
         return out
 

@@ -166,9 +166,9 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         sparse=options.attention == "sparse",
         host_pages=host_pages,
     )
-    make: Callable[..., TorchRunner] = partial(TorchRunner, capture=_capture(options, device))
+    make: Callable[..., TorchRunner] = TorchRunner
     if (chunks := _chunks(config, sizes, options, name)) is not None:
-        make = partial(ChunkedRunner, chunks=chunks, capture=_capture(options, device))
+        make = partial(ChunkedRunner, chunks=chunks)
     elif options.invariant:
         make = InvariantRunner
     elif options.attention == "sparse":
@@ -182,6 +182,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         tokens=vocab.size,
         host_pages=host_pages,
         kv_dtype=kv_dtype,
+        capture=_capture(options, device),
     )
     runner.warm_up()
     return runner, vocab, sizes

@@ -90,6 +90,7 @@ class Kept(TypedDict, total=False):
     tokens: int | None
     host_pages: int
     kv_dtype: torch.dtype | None
+    capture: Capture | None
 
 
 class TorchRunner:
