@@ -42,7 +42,8 @@ T = TypeVar("T")
 #: Up to this many decoding sequences have drafts: with more, a step has many rows as it is, and each costs.
 _FEW = 4
 
-#: What a step has brought a request: chunks, and the error that ends it, if one does.
+#: What a step has brought a request: chunks, and the error that ends it, if one does. Neither where it has read a part
+#: of the prompt.
 Outcome = tuple[Live, list[Chunk], AgentError | None]
 
 
@@ -89,6 +90,7 @@ class Engine:
         self._scheduler = self._scheduling()
         self._sampler = Sampler(vocab, runner.vocab_size)
         self._live: dict[int, Live] = {}
+        self._untold: deque[Outcome] = deque()  # what the callers have not heard yet
         self._rids = itertools.count(1)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -355,16 +357,20 @@ class Engine:
         while True:
             try:
                 while self._wait():
-                    while self._commands:
-                        self._commands.popleft()()
-                        self._stalled = False
+                    self._obey()
                     self._step()
                 break
             except BaseException as cause:  # a bug; whatever state it has left is given up
                 self._begin_anew(cause)
-        while self._commands:  # submitted too late to run: their callers must hear of it as well
-            self._commands.popleft()()
+        self._obey()  # what was submitted too late to run: its callers must hear of it as well
         self._tell(EngineError(f"the engine of {self.name} was closed while this ran"))
+
+    def _obey(self) -> None:
+        """Run what the callers have commanded, each command once they know all that came before it."""
+        while self._commands:
+            self._deliver()
+            self._commands.popleft()()
+            self._stalled = False
 
     def _begin_anew(self, cause: BaseException) -> None:
         """Go on with nothing running and nothing cached."""
@@ -376,6 +382,7 @@ class Engine:
 
     def _tell(self, error: EngineError) -> None:
         """Tell every caller that nothing more will come."""
+        self._deliver()
         for rid in list(self._live):
             live = self._forget(rid)
             if live is not None:
@@ -383,6 +390,8 @@ class Engine:
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
+        if not self._may_step:  # no step follows that it could be told beside
+            self._deliver()
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._commands or self._may_step)
             return not self._closed
@@ -399,8 +408,8 @@ class Engine:
         begin = time.perf_counter()
         plan = self._scheduler.plan(self._drafts())
         for rid, error in plan.failed:
-            self._live[rid].generation.push(error)
-            self._forget(rid)
+            if (live := self._forget(rid)) is not None:
+                self._news([(live, [], error)])
         if not plan.entries:
             self._scheduler.complete(plan)
             self._stalled = not plan.failed
@@ -417,6 +426,7 @@ class Engine:
         try:
             filling = self._sampler.begin(taking)
             output = self.runner.step(plan)
+            self._deliver()  # what the last step has brought, while a device computes this one
             masks = filling.result() if filling is not None else None
             scores = cast("list[float]", output.scores.tolist())  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:
@@ -434,16 +444,15 @@ class Engine:
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
         if others:
-            self._report(plan)
+            self._news(self._readers(plan))
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         self._watchdog.step(new, self._scheduler.dump)
 
-    def _report(self, plan: Plan) -> None:
-        """Tell the callers whose prompts this step has not brought to their end."""
-        for entry in plan.entries:
-            if not entry.sample and (live := self._live.get(entry.seq.rid)) is not None:
-                live.report()
+    def _readers(self, plan: Plan) -> list[Outcome]:
+        """The requests whose prompts this step has not brought to their end."""
+        rids = [entry.seq.rid for entry in plan.entries if not entry.sample]
+        return [(live, [], None) for rid in rids if (live := self._live.get(rid)) is not None]
 
     def _drafts(self) -> dict[int, list[int]]:
         """What may follow the sequences that decode, by rid."""
@@ -532,22 +541,38 @@ class Engine:
         return live, chunks, error
 
     def _hand_out(self, outcomes: list[Outcome]) -> None:
-        """Tell the callers, and end the requests whose outputs say so."""
-        for live, chunks, error in outcomes:
-            rid = live.generation.rid
+        """End the requests whose outputs say so, and have the callers told."""
+        for live, _, error in outcomes:
+            if error is not None:
+                self._drop(live.generation.rid)
+            elif live.ended is not None:
+                self._forget(live.generation.rid)
+                self._scheduler.finish(live.generation.rid)
+        self._news(outcomes)
+
+    def _news(self, outcomes: list[Outcome]) -> None:
+        """Tell the callers: now, or where a device computes by itself, once it has the next step to do so."""
+        self._untold += outcomes
+        if not self.runner.asynchronous:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Tell the callers what they have not heard yet."""
+        while self._untold:
+            live, chunks, error = self._untold.popleft()
             for chunk in chunks:
                 if chunk.ids:  # none where the budget ends with an output that is complete as it stands
                     live.generation.push(chunk)
             if error is not None:
                 live.generation.push(error)
-                self._drop(rid)
             elif live.ended is not None:
-                self._forget(rid)
-                self._scheduler.finish(rid)
                 live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
+            elif not chunks:
+                live.report()
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not run: nothing of it may be published, and its requests end with the cause."""
+        self._deliver()
         for entry in plan.entries:
             live = self._forget(entry.seq.rid)
             if live is not None:

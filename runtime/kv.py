@@ -78,7 +78,7 @@ class PagedKV:
 
     def __init__(self, model: Model, kv: Tensor, page_size: int, host_pages: int = 0) -> None:
         c = model.config
-        rope = f"theta {c.rope_theta!r}, {c.rope_scaling!r}"
+        rope = f"theta {c.rope_theta!r}, {c.rope_scaling!r}" + (f", {c.dual_chunk!r}" if c.dual_chunk else "")
         dtype = str(kv.dtype).removeprefix("torch.")
         self.format = KVFormat(
             dtype, page_size, c.layers, c.kv_heads, c.head_dim, rope, not model.packed, model.weights

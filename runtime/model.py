@@ -18,6 +18,7 @@ from torch import Tensor
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Parts, Work, paged_attention
 from agentkit.kernels.cache import HeadNorms, rotate_and_write
+from agentkit.kernels.chunked import Chunked
 from agentkit.kernels.compact import Int8, compact_linear
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.linear import (
@@ -36,24 +37,29 @@ from agentkit.kernels.quant import Quantised, quant_linear
 from agentkit.kernels.rope import angles, whole
 from agentkit.kernels.silu import silu_mul
 from agentkit.kernels.windowed import Windowed
+from agentkit.runtime.config import ModelConfig
 from agentkit.runtime.quantise import Weights, form_of, from_file, join, quantised
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
 
-Attention = Sequence[Work] | Layout | Aligned | Windowed | Plan | Parts
+Attention = Sequence[Work] | Layout | Aligned | Windowed | Chunked | Plan | Parts
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The tokens of one step, flattened over sequences.
 
+    A token may have several queries, each rotated by another position: positions and slots then are those of all first
+    queries, followed by those of all second ones, and so on, and only the first of a token has a slot.
+
     Attributes:
         ids: ``[t]`` int64 token ids.
-        positions: ``[t]`` int64, each token's place in its own sequence.
-        slots: ``[t]`` int64, where each token's key and value are written.
+        positions: ``[queries * t]`` int64, each token's place in its own sequence.
+        slots: ``[queries * t]`` int64, where each token's key and value are written, −1 for nowhere.
         work: which rows attend to which slots.
         sampled: ``[r]`` int64, the rows whose logits are wanted.
         upper: a layer, and the work from it on; None where it is the same for all.
+        sharpness: ``[queries * t, 1, 1]`` fp32, what queries are multiplied by; None for nothing.
     """
 
     ids: Tensor
@@ -62,6 +68,7 @@ class Batch:
     work: Attention
     sampled: Tensor
     upper: tuple[int, Attention] | None = None
+    sharpness: Tensor | None = None
 
 
 class Linear:
@@ -177,6 +184,7 @@ class Model:
             and fp16 in place of fp32.
         weights: the form that the matrices of the layers are quantised to. Embedding and head stay as they are: logits
             are needed in fp32, and the products of quantised matrices give activations.
+        config: the shape, where it is not quite the checkpoint's.
 
     Attributes:
         config: the shape.
@@ -193,8 +201,9 @@ class Model:
         dtype: torch.dtype,
         packed: bool,
         weights: Weights = "auto",
+        config: ModelConfig | None = None,
     ) -> None:
-        self.config = checkpoint.config
+        self.config = config or checkpoint.config
         self.device, self.dtype, self.packed, self.weights = device, dtype, packed, weights
         self.digest = checkpoint.digest
         # The CPU's norms compute in fp32, so that a stream of fewer bits would only be widened for each.
@@ -239,7 +248,7 @@ class Model:
         for index, (layer, cache, norm) in enumerate(zip(self.layers, kv, following, strict=True)):
             if batch.upper is not None and index == batch.upper[0]:
                 work = batch.upper[1]
-            x = self._attention(layer, x, cos, sin, batch.slots, work, cache)
+            x = self._attention(layer, x, cos, sin, batch, work, cache)
             x = add_rms_norm(x, stream, layer.mlp_norm, eps)
             x = layer.down(silu_mul(layer.gate_up(x)))
             if norm is not None:
@@ -251,11 +260,15 @@ class Model:
         return self.head(rms_norm(hidden, self.norm, self.config.norm_eps))
 
     def _attention(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, work: Attention, cache: Tensor
+        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, work: Attention, cache: Tensor
     ) -> Tensor:
         c = self.config
         heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
-        query = rotate_and_write(heads, cos, sin, slots, cache, layer.head_norms)
+        if (queries := len(batch.slots) // len(batch.ids)) > 1:
+            heads = heads.repeat(queries, 1, 1)
+        query = rotate_and_write(heads, cos, sin, batch.slots, cache, layer.head_norms)
+        if batch.sharpness is not None:
+            query = query.mul_(batch.sharpness)
         keys, values = cache.unbind(1)
         y = paged_attention(query, keys, values, work, c.head_dim**-0.5)
         return layer.out(y.view(x.shape[0], -1))

@@ -6,7 +6,7 @@ Of rows that are asked about, as in scoring a text, only the log-probabilities o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Protocol, TypedDict
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Work
+from agentkit.kernels.chunked import Chunked
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.groups import Span, flat, shared
 from agentkit.kernels.pages import Copy as PageCopy
@@ -69,6 +70,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns while a device still computes what it gives."""
+        ...
+
+    @property
     def memory(self) -> PagedKV | None:
         """The KV, to be moved elsewhere; None where there is none."""
         ...
@@ -84,6 +90,7 @@ class Kept(TypedDict, total=False):
     tokens: int | None
     host_pages: int
     kv_dtype: torch.dtype | None
+    capture: Capture | None
 
 
 class TorchRunner:
@@ -136,12 +143,14 @@ class TorchRunner:
     def _planned(self, pages: int, step_tokens: int, running: int) -> AttentionPlan:
         c, device = self.model.config, self.model.device
         shape, count = Shape(c.heads, c.kv_heads, c.head_dim, self.page_size, pages), processors(device)
-        capacity = Capacity(
-            rows=ENTRIES * step_tokens,
-            pages=running * (-(-c.max_positions // self.page_size) + 2 * self._room),
-            items=max(4096, sum(reserve(running, shape, count).items.values())),
-        )
-        return AttentionPlan(shape, capacity, device, count)
+        capacity = self._capacity(step_tokens, running)
+        items = max(capacity.items, sum(reserve(running, shape, count).items.values()))
+        return AttentionPlan(shape, replace(capacity, items=items), device, count)
+
+    def _capacity(self, step_tokens: int, running: int) -> Capacity:
+        """What the attention of any step fits in, but for the grids of captured ones."""
+        pages = -(-self.model.config.max_positions // self.page_size) + 2 * self._room
+        return Capacity(rows=ENTRIES * step_tokens, pages=running * pages)
 
     @property
     def vocab_size(self) -> int:
@@ -156,17 +165,25 @@ class TorchRunner:
         return self.model.digest
 
     @property
+    def asynchronous(self) -> bool:
+        return self.model.device.type == "cuda"
+
+    @property
     def memory(self) -> PagedKV:
         return self._memory
 
     def step(self, plan: Plan) -> Output:
         self._move(plan)
-        size = self._graphs.size(plan.entries) if self._graphs is not None else None
+        size = self._size(plan.entries)
         batch = self._batch(plan, size)
         if self._graphs is None or size is None:
             hidden = self.model.hidden(batch, self.kv)
             return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
         return Output(self._logits(self._graphs.run(batch)[: len(plan.entries)]), _NONE)
+
+    def _size(self, entries: list[Entry]) -> int | None:
+        """Rows that a captured step is padded to; None for one that is not captured."""
+        return self._graphs.size(entries) if self._graphs is not None else None
 
     def _move(self, plan: Plan) -> None:
         """Copy pages, to the host first: what follows may overwrite them."""
@@ -226,7 +243,7 @@ class TorchRunner:
 
     def _work(
         self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
-    ) -> Layout | Aligned | AttentionPlan:
+    ) -> Layout | Aligned | Chunked | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
 
         Args:

@@ -473,7 +473,7 @@ from agentkit.runtime.runner import Output
 from agentkit.script import byte_vocabulary
 
 class Slow:
-    vocab_size, weight_bytes = byte_vocabulary().size, 0
+    vocab_size, weight_bytes, asynchronous = byte_vocabulary().size, 0, False
 
     def step(self, plan):
         begun.set()
