@@ -58,25 +58,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _few_calls(x, weight, eps).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`add_rms_norm_reference`, the sum in place of ``residual``.
+class Residual:
+    """The residual stream of a step on its device: blocks add to it and read its norm.
+
+    On the CPU it is kept in fp32 beside its negative. Such a row has a mean of zero, so that its layer norm is its RMS
+    norm, and torch has layer norm as one pass where the RMS norm is seven calls, each of which takes longer than the
+    arithmetic on a row.
 
     Args:
-        x: ``[..., n]``, not changed.
-        residual: ``[..., n]``, becomes ``residual + x``. On the CPU its dtype may be wider than that of ``x``.
-        weight: ``[n]``.
-        eps: added to the mean square.
-
-    Returns:
-        ``[..., n]``, the norm of the sum in the dtype of ``x``.
-
-    Raises:
-        ValueError: on a GPU, shapes or dtypes that do not fit; it names the argument.
+        x: ``[t, n]``, the embeddings; on a GPU they are overwritten.
     """
-    if x.device.type == "cuda":
-        return launch_rms_norm(x, weight, eps, residual)
-    residual += x
-    return _few_calls(residual, weight, eps).to(x.dtype)
+
+    def __init__(self, x: Tensor) -> None:
+        self._sides = torch.stack([x, -x], 1).float() if x.device.type == "cpu" else None
+        self._flat = x if self._sides is None else self._sides.flatten(1)
+        self._dtype = x.dtype
+
+    def norm(self, weight: Tensor, eps: float) -> Tensor:
+        """`rms_norm` of the stream, ``[t, n]`` in the dtype it began with.
+
+        Args:
+            weight: from `residual_weight`.
+            eps: added to the mean square.
+        """
+        if self._sides is None:
+            return launch_rms_norm(self._flat, weight, eps)
+        normal = torch.native_layer_norm(self._flat, weight.shape, weight, None, eps)[0]
+        return normal[:, : self._sides.shape[2]].to(self._dtype)
+
+    def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`norm` after ``x``, ``[t, n]``, was added."""
+        if self._sides is None:
+            return launch_rms_norm(x, weight, eps, self._flat)
+        self._sides.addcmul_(_signs(), x.unsqueeze(1))
+        return self.norm(weight, eps)
+
+    def plus(self, x: Tensor) -> Tensor:
+        """The stream and ``x``, a new tensor; on the CPU fp32."""
+        return (self._flat if self._sides is None else self._sides[:, 0]) + x
+
+
+def residual_weight(weight: Tensor) -> Tensor:
+    """Weights ``[n]`` of a norm as `Residual` takes them: on the CPU ``[2n]`` fp32, for both sides."""
+    return torch.cat([weight, weight]).float() if weight.device.type == "cpu" else weight
+
+
+@cache
+def _signs() -> Tensor:
+    return torch.tensor([[1.0], [-1.0]])
 
 
 def _few_calls(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -96,7 +125,7 @@ def _scalar(value: float) -> Tensor:
 
 
 def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Launch the kernel: `add_rms_norm` with a residual, `rms_norm` without.
+    """Launch the kernel: `add_rms_norm_reference`, the sum in place of a residual, or `rms_norm_reference` without one.
 
     Raises:
         ValueError: shapes or dtypes that do not fit; it names the argument.
