@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agentkit.kernels.cache import HeadNorms
+from agentkit.kernels.cache import FP8_LIMIT, HeadNorms
 from agentkit.kernels.norm import rms_norm
 from agentkit.kernels.rope import rotate_
 
@@ -28,18 +28,17 @@ class Decode:
     """A step of one row, ready for every layer.
 
     Args:
-        kv: ``[layers, slots, 2, kv_heads, d]``, the pool.
+        kv: ``[layers, slots, 2, kv_heads, d]``, the pool, of the dtype of ``qkv`` or float8_e4m3fn.
         runs: ``(first slot, length)`` pieces of the row's context in order. In the last slot its own token is written.
         cos: ``[1, 1, d]`` as `agentkit.kernels.rope.whole` returns it.
         sin: like ``cos``.
         scale: factor on the products.
     """
 
-    def __init__(
-        self, kv: Tensor, runs: Sequence[tuple[int, int]], cos: Tensor, sin: Tensor, scale: float
-    ) -> None:
+    def __init__(self, kv: Tensor, runs: Sequence[tuple[int, int]], cos: Tensor, sin: Tensor, scale: float) -> None:
         self._cos, self._sin, self._scale = cos, sin, scale
         self._kv_heads, self._d = kv.shape[3:]
+        self._small = kv.dtype is torch.float8_e4m3fn
         self._rows = kv[:, sum(runs[-1]) - 1].unbind(0)
         self._stretches = [_Stretch(kv, pieces) for pieces in _stretches(runs)]
 
@@ -61,7 +60,8 @@ class Decode:
             turned[:, :heads] = rms_norm(turned[:, :heads], norms.query, norms.eps)
             turned[:, heads:] = rms_norm(turned[:, heads:], norms.key, norms.eps)
         rotate_(turned, self._cos, self._sin)
-        self._rows[layer].copy_(qkv[0, heads:].view(2, kv_heads, d))
+        row = qkv[0, heads:].view(2, kv_heads, d)
+        self._rows[layer].copy_(row.clamp(-FP8_LIMIT, FP8_LIMIT) if self._small else row)
         q = qkv[:, :heads].view(1, kv_heads, -1, d).float()
         parts = [stretch.attend(layer, q, self._scale) for stretch in self._stretches]
         return _merged(parts).view(1, -1)
