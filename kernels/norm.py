@@ -59,47 +59,72 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Residual:
-    """The residual stream of a step on its device: blocks add to it and read its norm.
-
-    On the CPU it is kept in fp32 beside its negative. Such a row has a mean of zero, so that its layer norm is its RMS
-    norm, and torch has layer norm as one pass where the RMS norm is seven calls, each of which takes longer than the
-    arithmetic on a row.
+    """The residual stream of a step on a GPU: blocks add to it and read its norm.
 
     Args:
-        x: ``[t, n]``, the embeddings; on a GPU they are overwritten.
+        x: ``[t, n]``, the embeddings; they are overwritten.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._sides = torch.stack([x, -x], 1).float() if x.device.type == "cpu" else None
-        self._flat = x if self._sides is None else self._sides.flatten(1)
-        self._dtype = x.dtype
+        self._stream = x
 
     def norm(self, weight: Tensor, eps: float) -> Tensor:
-        """`rms_norm` of the stream, ``[t, n]`` in the dtype it began with.
+        """`rms_norm_reference` of the stream.
 
         Args:
             weight: from `residual_weight`.
             eps: added to the mean square.
+
+        Returns:
+            ``[t, n]`` in the dtype of the embeddings, valid until the next call.
         """
-        if self._sides is None:
-            return launch_rms_norm(self._flat, weight, eps)
-        normal = torch.native_layer_norm(self._flat, weight.shape, weight, None, eps)[0]
-        return normal[:, : self._sides.shape[2]].to(self._dtype)
+        return launch_rms_norm(self._stream, weight, eps)
 
     def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`norm` after ``x``, ``[t, n]``, was added."""
-        if self._sides is None:
-            return launch_rms_norm(x, weight, eps, self._flat)
-        self._sides.addcmul_(_signs(), x.unsqueeze(1))
+        return launch_rms_norm(x, weight, eps, self._stream)
+
+    def plus(self, x: Tensor) -> Tensor:
+        """The stream and ``x``, ``[t, n]``, a new tensor."""
+        return self._stream + x
+
+
+class MirroredResidual(Residual):
+    """`Residual` on the CPU, summed in fp32 and kept beside its negative, ``[t, 2, n]``.
+
+    The mean of such a row is zero, so that its layer norm is its RMS norm. Torch has layer norm as one pass; the RMS
+    norm takes seven calls, each of which is longer than the arithmetic on a row.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(torch.stack([x, -x], 1).float())
+        self._flat = self._stream.flatten(1)
+        # One row is returned in the same memory each time, as a view that is made once.
+        self._one = torch.empty(1, self._flat.shape[1], dtype=x.dtype)
+        self._side = self._one[:, : x.shape[1]]
+
+    def norm(self, weight: Tensor, eps: float) -> Tensor:
+        normal = torch.native_layer_norm(self._flat, weight.shape, weight, None, eps)[0]
+        if len(normal) > 1:
+            return normal[:, : self._side.shape[1]].to(self._side.dtype).contiguous()
+        self._one.copy_(normal)
+        return self._side
+
+    def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        self._stream.addcmul_(_signs(), x.unsqueeze(1))
         return self.norm(weight, eps)
 
     def plus(self, x: Tensor) -> Tensor:
-        """The stream and ``x``, a new tensor; on the CPU fp32."""
-        return (self._flat if self._sides is None else self._sides[:, 0]) + x
+        return self._stream[:, 0] + x
+
+
+def residual(x: Tensor) -> Residual:
+    """The stream that begins with embeddings ``[t, n]``, which may be overwritten."""
+    return MirroredResidual(x) if x.device.type == "cpu" else Residual(x)
 
 
 def residual_weight(weight: Tensor) -> Tensor:
-    """Weights ``[n]`` of a norm as `Residual` takes them: on the CPU ``[2n]`` fp32, for both sides."""
+    """Weights ``[n]`` of a norm as `residual` takes them: on the CPU ``[2n]`` fp32, for both sides."""
     return torch.cat([weight, weight]).float() if weight.device.type == "cpu" else weight
 
 

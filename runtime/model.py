@@ -31,7 +31,7 @@ from agentkit.kernels.linear import (
     pack_half,
     pack_int4,
 )
-from agentkit.kernels.norm import Residual, residual_weight, rms_norm
+from agentkit.kernels.norm import residual, residual_weight, rms_norm
 from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import Quantised, quant_linear
 from agentkit.kernels.rope import angles, whole
@@ -156,7 +156,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one block. Its norms are those of `agentkit.kernels.norm.Residual`."""
+    """Weights of one block. Its norms are those of `agentkit.kernels.norm.residual`."""
 
     attention_norm: Tensor
     qkv: Linear | Joined
@@ -226,19 +226,16 @@ class Model:
         Returns:
             ``[t, hidden]``, what the last layer gives, as `logits` takes it; on the CPU fp32.
         """
-        cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
-        if self.device.type == "cpu":
-            cos, sin = whole(cos, sin, self.dtype)
+        tables = angles(batch.positions, self.frequencies, self.rope_scale)
         eps = self.config.norm_eps
-        stream = Residual(F.embedding(batch.ids, self.embedding))
+        stream = residual(F.embedding(batch.ids, self.embedding))
         x = stream.norm(self.layers[0].attention_norm, eps)
         following = [*(layer.attention_norm for layer in self.layers[1:]), None]
-        attend = self._attend(batch.work, kv, batch.slots, cos, sin)
+        attend = self._attend(batch.work, kv, batch.slots, *tables)
         for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
             if batch.upper is not None and index == batch.upper[0]:
-                attend = self._attend(batch.upper[1], kv, batch.slots, cos, sin)
-            heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, self.config.head_dim)
-            x = layer.out(attend(index, heads, layer.head_norms))
+                attend = self._attend(batch.upper[1], kv, batch.slots, *tables)
+            x = layer.out(attend(index, layer.qkv(x), layer.head_norms))
             x = stream.add_norm(x, layer.mlp_norm, eps)
             x = layer.down(silu_mul(layer.gate_up(x)))
             if norm is not None:
@@ -252,18 +249,21 @@ class Model:
     def _attend(
         self, work: Attention, kv: Tensor, slots: Tensor, cos: Tensor, sin: Tensor
     ) -> Callable[[int, Tensor, HeadNorms | None], Tensor]:
-        """What a step's layers make of queries, keys and values, ``[t, heads + 2 * kv_heads, head_dim]``.
+        """What a step's layers make of queries, keys and values.
 
         Returns:
-            a function of the layer's number, these and the norms of queries and keys; it gives
-            ``[t, heads * head_dim]``.
+            a function of the layer's number, ``[t, (heads + 2 * kv_heads) * head_dim]`` and the norms of queries and
+            keys; it gives ``[t, heads * head_dim]``.
         """
-        scale = self.config.head_dim**-0.5
+        c = self.config
         if isinstance(work, Work):
-            return Decode(kv, work.runs, cos, sin, scale)
-        layers = kv.unbind(0)
+            return Decode(kv, work.runs, *whole(cos, sin, torch.float32), c.heads, self.dtype)
+        if self.device.type == "cpu":
+            cos, sin = whole(cos, sin, self.dtype)
+        layers, scale = kv.unbind(0), c.head_dim**-0.5
 
-        def attend(layer: int, heads: Tensor, norms: HeadNorms | None) -> Tensor:
+        def attend(layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
+            heads = qkv.to(self.dtype).view(len(qkv), -1, c.head_dim)
             query = rotate_and_write(heads, cos, sin, slots, layers[layer], norms)
             keys, values = layers[layer].unbind(1)
             return paged_attention(query, keys, values, work, scale).flatten(1)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from agentkit.kernels.attention import Work, paged_attention_reference
-from agentkit.kernels.cache import HeadNorms, rotate_and_write
+from agentkit.kernels.cache import FP8_LIMIT, HeadNorms, rotate_and_write_reference
 from agentkit.kernels.decode import Decode
 from agentkit.kernels.rope import angles, whole
+from tests.kernels.rule import assert_as_exact
 
 LAYERS, SLOTS = 2, 3000
 RUNS = {
@@ -38,17 +39,19 @@ def test_step_of_one_row_is_what_any_step_is(
     kv = torch.full((LAYERS, SLOTS, 2, kv_heads, d), torch.nan, dtype=dtype)  # nothing outside the runs may be read
     kv[:, used] = torch.randn(LAYERS, len(used), 2, kv_heads, d).to(dtype)
     kv = kv.to(torch.float8_e4m3fn) if fp8 else kv
-    tables = angles(torch.tensor([4096]), 5e6 ** -(torch.arange(0, d, 2) / d))
-    cos, sin = whole(*tables, dtype)
+    cos, sin = angles(torch.tensor([4096]), 5e6 ** -(torch.arange(0, d, 2) / d))
     norms = HeadNorms(torch.randn(d).to(dtype), torch.randn(d).to(dtype), 1e-6) if d == 128 else None
-    decode = Decode(kv, runs, cos, sin, d**-0.5)
+    decode = Decode(kv, runs, *whole(cos, sin, torch.float32), heads, torch.float32)
     for layer in range(LAYERS):
         qkv = torch.randn(1, heads + 2 * kv_heads, d).to(dtype)
         qkv[0, -1] *= 1000  # values beyond the range of fp8
-        peer = kv.clone()
-        query = rotate_and_write(qkv.clone(), cos, sin, used[-1:], peer[layer], norms)
-        keys, values = peer[layer].double().unbind(1)
-        want = paged_attention_reference(query.double(), keys, values, [Work(0, 1, runs)], d**-0.5)
-        got = decode(layer, qkv, norms)
-        assert torch.equal(kv.view(torch.uint8), peer.view(torch.uint8))
+        got = decode(layer, qkv.flatten(1), norms)
+        _, peer = rotate_and_write_reference(qkv, cos, sin, kv_heads, norms)
+        wide = norms and HeadNorms(norms.query.double(), norms.key.double(), norms.eps)
+        query, exact = rotate_and_write_reference(qkv.double(), cos, sin, kv_heads, wide)
+        if fp8:
+            peer, exact = (x.clamp(-FP8_LIMIT, FP8_LIMIT) for x in (peer, exact))
+        assert_as_exact(kv[layer, used[-1:]], peer.to(kv.dtype), exact)
+        keys, values = kv[layer].double().unbind(1)
+        want = paged_attention_reference(query, keys, values, [Work(0, 1, runs)], d**-0.5)
         torch.testing.assert_close(got.double(), want.flatten(1), rtol=1e-5, atol=1e-5)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from agentkit.kernels.norm import (
-    Residual,
     add_rms_norm_reference,
     launch_rms_norm,
+    residual,
     residual_weight,
     rms_norm_reference,
 )
@@ -64,7 +64,7 @@ def test_no_rows_give_no_rows() -> None:
 def test_stream_on_the_cpu_sums_in_fp32_and_is_as_exact_as_the_definition(dtype: torch.dtype, size: float) -> None:
     torch.manual_seed(0)
     x, weight = ((torch.randn(3, 576) + 2) * size).to(dtype), torch.randn(576).to(dtype)
-    stream, exact, factor = Residual(x), x.double(), residual_weight(weight)
+    stream, exact, factor = residual(x), x.double(), residual_weight(weight)
     assert_as_exact(stream.norm(factor, 1e-6), *norms(exact, weight, dtype))
     for _ in range(3):
         added = torch.randn(3, 576).to(dtype)
