@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from agentkit.kernels.cache import FP8_LIMIT, HeadNorms
+from agentkit.kernels.flash import selected
 from agentkit.kernels.norm import rms_norm
 
 #: Tokens of a context that are widened and attended to at once, few enough to stay in a cache between the two.
 _STRETCH = 1024
 #: A stretch is divided among threads where they would have different numbers of KV heads, if parts have so many tokens.
 _PART = 128
+#: Runs are gathered together if they have fewer tokens than this on average: each costs a call.
+_SCATTERED = 64
 
 
 class Decode:
@@ -94,9 +97,15 @@ class _Stretch:
         count = _parts(length, kv_heads)
         size = -(-length // count)
         self._count, self._scale = count, d**-0.5
-        sources = [kv[:, first : first + n].unbind(0) for first, n in runs]
-        targets = wide[:length].split([n for _, n in runs])
-        self._copies = [list(zip(targets, layer, strict=True)) for layer in zip(*sources, strict=True)]
+        self._wide = wide[:length]
+        self._layers = kv.unbind(0)
+        self._slots: Tensor | None = None
+        if len(runs) > 1 and length < _SCATTERED * len(runs):
+            self._slots = torch.cat([torch.arange(first, first + n) for first, n in runs])
+        else:
+            sources = [kv[:, first : first + n].unbind(0) for first, n in runs]
+            targets = self._wide.split([n for _, n in runs])
+            self._copies = [list(zip(targets, layer, strict=True)) for layer in zip(*sources, strict=True)]
         self._keys, self._values = wide[: count * size].view(count, size, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
         self._mask: Tensor | None = None
         if count * size > length:
@@ -105,8 +114,11 @@ class _Stretch:
 
     def attend(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """Results ``[parts, kv_heads, group, d]`` for a query ``[1, kv_heads, group, d]``, and their log-sum-exp."""
-        for target, source in self._copies[layer]:
-            target.copy_(source)
+        if self._slots is not None:
+            self._wide.copy_(selected(self._layers[layer], self._slots, self._wide.dtype))
+        else:
+            for target, source in self._copies[layer]:
+                target.copy_(source)
         if self._count > 1:
             query = query.expand(self._count, -1, -1, -1)
         flash = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
