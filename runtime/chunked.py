@@ -87,7 +87,7 @@ class ChunkedRunner(TorchRunner):
 
     def _work(
         self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
-    ) -> Layout | Aligned | Chunked | AttentionPlan:
+    ) -> Work | Layout | Aligned | Chunked | AttentionPlan:
         if not self._far(entries):
             return super()._work(entries, begun, size)
         starts = accumulate((entry.rows for entry in entries), initial=0)

@@ -243,7 +243,7 @@ class TorchRunner:
 
     def _work(
         self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
-    ) -> Layout | Aligned | Chunked | AttentionPlan:
+    ) -> Work | Layout | Aligned | Chunked | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
 
         Args:
@@ -254,7 +254,7 @@ class TorchRunner:
         if self._attention is None:
             starts = accumulate((entry.rows for entry in entries), initial=0)
             works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=False)]
-            return Layout(works, self.model.dtype)
+            return works[0] if len(works) == 1 and works[0].rows == 1 else Layout(works, self.model.dtype)
         if begun is not None and self._age < _STEPS:
             self._age += 1
             self._attention.advance(begun.rows, begun.pages)
