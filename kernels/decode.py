@@ -20,7 +20,7 @@ from agentkit.kernels.flash import selected
 from agentkit.kernels.norm import rms_norm
 
 #: Tokens of a context that are widened and attended to at once, few enough to stay in a cache between the two.
-_STRETCH = 1024
+_STRETCH = 2048
 #: A stretch is divided among threads where they would have different numbers of KV heads, if parts have so many tokens.
 _PART = 128
 #: Runs are gathered together if they have fewer tokens than this on average: each costs a call.
