@@ -1,0 +1,131 @@
+"""The last resort: what llguidance refuses is made wider until it does not, and said to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import llguidance
+
+from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.parts import Json, children, pointer
+from agentkit.runtime.schema.report import Finding
+
+#: Compilations in search of what is refused, and parts that are made wider in one schema.
+_TRIALS, _WIDENED = 256, 32
+#: What is never left out of a part as long as something else can be.
+_KEPT = ("type", "properties", "required", "items", "additionalProperties", "anyOf", "allOf", "$ref", "enum")
+
+
+def limits() -> llguidance.LLParserLimits:
+    """A tenth of a second and some tens of megabytes for a grammar, at most."""
+    return llguidance.LLParserLimits(max_grammar_size=200_000, max_lexer_states=100_000, verbose_errors=False)
+
+
+def summary(message: str) -> str:
+    """An error of llguidance on one line."""
+    return " ".join(message.split())[:300].rstrip(".")
+
+
+def refusal(schema: Json) -> str:
+    """Why llguidance does not take a schema; empty if it does."""
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))  # text: its integers have no limit
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
+    return summary(messages[0]) if failed else ""
+
+
+class Settler:
+    """Widens one schema.
+
+    Args:
+        options: for llguidance.
+        places: pointers of the user's schema, by the identity of parts of what is settled.
+    """
+
+    def __init__(self, options: Json, places: Mapping[int, str]) -> None:
+        self.findings: list[Finding] = []
+        self._options, self._places = options, places
+        self._left = _TRIALS
+
+    def settle(self, schema: Json) -> Json:
+        """`schema`, with keywords left out where llguidance would not take it; each is among the findings.
+
+        Raises:
+            SchemaError: nothing satisfies it, or it could not be found what to leave out.
+        """
+        for _ in range(_WIDENED):
+            reason = refusal({**schema, "x-guidance": self._options})
+            if not reason:
+                return schema
+            path, part, why = self._locate(schema, reason)
+            at = self._places.get(id(part), pointer(path))
+            if "nsatisfiable" in why or "empty" in why:
+                wider: Json | bool = False
+                if not path or refusal({**_replaced(schema, path, False), "x-guidance": self._options}):
+                    raise _error(at, why)
+                self.findings.append(Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out."))
+            else:
+                wider, key = self._wider(schema, part)
+                if key is None:
+                    raise _error(at, why)
+                self.findings.append(Finding(at, key, "verified", f"{why}."))
+            schema = _replaced(schema, path, wider)
+            self._renew(schema, path, at)
+        raise _error("", reason)
+
+    def _renew(self, schema: Json, path: tuple[str | int, ...], at: str) -> None:
+        """Nothing: the places of copies are found by their paths."""
+
+    def _refused(self, schema: Json, part: Json) -> str:
+        self._left -= 1
+        definitions = {"$defs": schema["$defs"]} if "$defs" in schema and part is not schema else {}
+        return refusal({**definitions, **part, "x-guidance": self._options}) if self._left >= 0 else ""
+
+    def _locate(self, schema: Json, reason: str) -> tuple[tuple[str | int, ...], Json, str]:
+        """The innermost part that is refused on its own, its path, and why it is."""
+        path: tuple[str | int, ...] = ()
+        part = schema
+        while True:
+            for place, child in children(part):
+                if why := self._refused(schema, child):
+                    path, part, reason = path + place, child, why
+                    break
+            else:
+                return path, part, reason
+
+    def _wider(self, schema: Json, part: Json) -> tuple[Json, str | None]:
+        """A part with as little less as llguidance takes, and the keyword that it lacks."""
+        optional = [key for key in part if key not in _KEPT and key != "$defs"]
+        for key in [*optional, *(key for key in part if key in _KEPT and key != "type")]:
+            less = {other: value for other, value in part.items() if other != key}
+            if not self._refused(schema, less):
+                return less, key
+        kept = {key: part[key] for key in ("type", "$defs") if key in part}
+        if len(kept) == len(part) or self._refused(schema, kept):
+            return part, None
+        return kept, next(key for key in part if key not in kept)
+
+
+def _error(at: str, why: str) -> SchemaError:
+    return SchemaError(
+        f"The schema cannot be enforced at {at or 'its root'}: {why}. Leave that keyword out or write it otherwise.", at
+    )
+
+
+def _replaced(schema: Json, path: tuple[str | int, ...], value: object) -> Json:
+    """A copy of `schema` with another value at `path`."""
+
+    def at(inner: object, rest: tuple[str | int, ...]) -> object:
+        if not rest:
+            return value
+        if isinstance(inner, list):
+            members = cast("list[object]", inner)
+            return [at(member, rest[1:]) if i == rest[0] else member for i, member in enumerate(members)]
+        members = cast("Json", inner)
+        return {**members, rest[0]: at(members[cast("str", rest[0])], rest[1:])}
+
+    return cast("Json", at(schema, path))
+
+
+Refuses = Callable[[Json], str]
