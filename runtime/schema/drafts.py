@@ -48,6 +48,8 @@ def modern(schema: Json, dialect: Dialect) -> tuple[Json, dict[str, str]]:
         _read_items(kept, places)
     if "dependencies" in kept:
         _read_dependencies(kept, places)
+    if kept.get("uniqueItems") is False:
+        del kept["uniqueItems"]
     if "const" in kept:
         kept["enum"] = _both(kept.pop("const"), kept.get("enum"))
     return kept, places

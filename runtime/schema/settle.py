@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import llguidance
 
 from agentkit.runtime.errors import SchemaError
-from agentkit.runtime.schema.parts import Json, children, pointer
+from agentkit.runtime.schema.parts import Json, Part, children, pointer
 from agentkit.runtime.schema.report import Finding
 
 #: Compilations in search of what is refused, and parts that are made wider in one schema.
@@ -45,7 +45,7 @@ class Settler:
 
     def __init__(self, options: Json, places: Mapping[int, str]) -> None:
         self.findings: list[Finding] = []
-        self._options, self._places = options, places
+        self._options, self._places = options, dict(places)
         self._left = _TRIALS
 
     def settle(self, schema: Json) -> Json:
@@ -54,33 +54,56 @@ class Settler:
         Raises:
             SchemaError: nothing satisfies it, or it could not be found what to leave out.
         """
+        reason = self._refused(schema, schema)
         for _ in range(_WIDENED):
-            reason = refusal({**schema, "x-guidance": self._options})
             if not reason:
                 return schema
             path, part, why = self._locate(schema, reason)
             at = self._places.get(id(part), pointer(path))
             if "nsatisfiable" in why or "empty" in why:
-                wider: Json | bool = False
-                if not path or refusal({**_replaced(schema, path, False), "x-guidance": self._options}):
+                without = self._replaced(schema, part, False)
+                if without is False or self._refused(without, without) == reason:
                     raise _error(at, why)
                 self.findings.append(Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out."))
+                schema = without
             else:
                 wider, key = self._wider(schema, part)
                 if key is None:
                     raise _error(at, why)
                 self.findings.append(Finding(at, key, "verified", f"{why}."))
-            schema = _replaced(schema, path, wider)
-            self._renew(schema, path, at)
+                schema = cast("Json", self._replaced(schema, part, wider))
+            reason = self._refused(schema, schema)
         raise _error("", reason)
-
-    def _renew(self, schema: Json, path: tuple[str | int, ...], at: str) -> None:
-        """Nothing: the places of copies are found by their paths."""
 
     def _refused(self, schema: Json, part: Json) -> str:
         self._left -= 1
         definitions = {"$defs": schema["$defs"]} if "$defs" in schema and part is not schema else {}
         return refusal({**definitions, **part, "x-guidance": self._options}) if self._left >= 0 else ""
+
+    def _replaced(self, schema: Json, part: Json, value: Part) -> Part:
+        """A copy of `schema` with `value` wherever `part` stands."""
+        copies: dict[int, object] = {id(part): value}
+
+        def copy(inner: object) -> object:
+            if id(inner) in copies:
+                return copies[id(inner)]
+            made = inner
+            if isinstance(inner, dict):
+                members = cast("Json", inner)
+                changed = {key: copy(member) for key, member in members.items()}
+                if any(changed[key] is not members[key] for key in members):
+                    made = changed
+                    if id(inner) in self._places:
+                        self._places[id(made)] = self._places[id(inner)]
+            elif isinstance(inner, list):
+                items = cast("list[object]", inner)
+                copied = list(map(copy, items))
+                if any(one is not other for one, other in zip(copied, items, strict=True)):
+                    made = copied
+            copies[id(inner)] = made
+            return made
+
+        return cast("Part", copy(schema))
 
     def _locate(self, schema: Json, reason: str) -> tuple[tuple[str | int, ...], Json, str]:
         """The innermost part that is refused on its own, its path, and why it is."""
@@ -111,21 +134,3 @@ def _error(at: str, why: str) -> SchemaError:
     return SchemaError(
         f"The schema cannot be enforced at {at or 'its root'}: {why}. Leave that keyword out or write it otherwise.", at
     )
-
-
-def _replaced(schema: Json, path: tuple[str | int, ...], value: object) -> Json:
-    """A copy of `schema` with another value at `path`."""
-
-    def at(inner: object, rest: tuple[str | int, ...]) -> object:
-        if not rest:
-            return value
-        if isinstance(inner, list):
-            members = cast("list[object]", inner)
-            return [at(member, rest[1:]) if i == rest[0] else member for i, member in enumerate(members)]
-        members = cast("Json", inner)
-        return {**members, rest[0]: at(members[cast("str", rest[0])], rest[1:])}
-
-    return cast("Json", at(schema, path))
-
-
-Refuses = Callable[[Json], str]

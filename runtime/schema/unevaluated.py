@@ -41,13 +41,14 @@ class Seen:
 
 
 def seen_by(part: Json) -> Seen:
-    """What a part's own keywords evaluate."""
+    """What a part's own keywords evaluate; everything, where it is not known what the part says."""
+    unknown = "$loose" in part
     return Seen(
         frozenset(part.get("properties", ())),
         tuple(part.get("patternProperties", ())),
-        any(key in part for key in _REST),
+        unknown or any(key in part for key in _REST),
         len(part.get("prefixItems", ())),
-        "items" in part or "unevaluatedItems" in part,
+        unknown or "items" in part or "unevaluatedItems" in part,
         "contains" in part,
     )
 
