@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from jsonschema import Draft202012Validator
 
-from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, whole, without
+from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, met, whole, without
 from agentkit.runtime.schema.report import Note
 
 _KEYWORDS = ("prefixItems", "items", "minItems", "maxItems", "uniqueItems", "contains", "minContains", "maxContains")
@@ -52,6 +52,9 @@ def _contains(part: Json, note: Note) -> Json:
         return _at_least(rest, least, None)
     prefix = cast("list[Any]", rest.get("prefixItems", []))
     branches = [_with_item(rest, prefix, wanted, at) for at in range(places)]
+    if None in branches:
+        note("contains", "verified", "what an item of this kind and of the array's is has no grammar.")
+        return _at_least(rest, least, None)
     return {"anyOf": [*branches, *_others(part)], **annotations(part)}
 
 
@@ -69,12 +72,13 @@ def _at_least(part: Json, least: int, most: int | None) -> Json:
     return {**part, **bounds}
 
 
-def _with_item(part: Json, prefix: list[Any], wanted: Json, at: int) -> Json:
-    """Arrays whose item at one place is also a `wanted` one."""
+def _with_item(part: Json, prefix: list[Any], wanted: Json, at: int) -> Json | None:
+    """Arrays whose item at one place is also a `wanted` one; None if that cannot be said."""
     items = part.get("items", True)
     places = [prefix[i] if i < len(prefix) else items for i in range(max(at + 1, len(prefix)))]
-    own = places[at]
-    places[at] = wanted if own is True or own == {} else {"allOf": [own, wanted]}
+    places[at] = met([places[at], wanted])
+    if places[at] is None:
+        return None
     least = max(at + 1, part.get("minItems", 0))
     return {**without(part, *annotations(part)), "type": "array", "prefixItems": places, "minItems": least}
 

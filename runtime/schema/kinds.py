@@ -34,3 +34,25 @@ def annotations(part: Json) -> Json:
     """What a part says that stays with it when the rest moves into branches."""
     kept = ("$schema", "$id", "$anchor", "$defs", "definitions", "title", "description")
     return {key: part[key] for key in kept if key in part}
+
+
+# Keywords of which llguidance intersects two schemas seldom or never.
+_CONFLICTING = {"patternProperties", "minProperties", "maxProperties", "$ref", "$dynamicRef"}
+
+
+def met(schemas: list[object]) -> object | None:
+    """A schema for what satisfies all of `schemas`; None if llguidance has no conjunction of them."""
+    distinct = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i] and schema not in (True, {})]
+    if False in distinct:
+        return False
+    if len(distinct) < 2:
+        return distinct[0] if distinct else True
+    return None if any(map(_conflicts, distinct)) else {"allOf": distinct}
+
+
+def _conflicts(value: object) -> bool:
+    """Whether one of those keywords, or a name that reads like one, stands anywhere inside."""
+    if isinstance(value, dict):
+        inner = cast("Json", value)
+        return not _CONFLICTING.isdisjoint(inner) or any(map(_conflicts, inner.values()))
+    return isinstance(value, list) and any(map(_conflicts, cast("list[object]", value)))

@@ -18,7 +18,7 @@ _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"
 _KEYWORDS = (*_LOWER, *_UPPER, "multipleOf")
 
 #: Integers up to here are all floats; and the greatest float below 2^63.
-EXACT, _GREATEST = 2**53, 2**63 - 1024
+EXACT, GREATEST = 2**53, 2**63 - 1024
 # Bounds on fractions: those beyond the second are out of llguidance's reach, and stand for the first where that is
 # room enough.
 _NEAR, _FAR = 10**15 - 1, 10**17
@@ -49,19 +49,19 @@ def _integers(part: Json, note: Note) -> Json:
     """Bounds as inclusive integers that 64 bits hold exactly, rounded inwards."""
     low = max((_above(part[key], key != "minimum") for key in _LOWER if key in part), default=None)
     high = min((-_above(-part[key], key != "maximum") for key in _UPPER if key in part), default=None)
-    if (low is not None and low > _GREATEST) or (high is not None and high < -_GREATEST):
-        keyword = "minimum" if low is not None and low > _GREATEST else "maximum"
-        note(keyword, "refused", f"integers beyond {_GREATEST:,} cannot be written under a bound. Use another bound.")
+    if (low is not None and low > GREATEST) or (high is not None and high < -GREATEST):
+        keyword = "minimum" if low is not None and low > GREATEST else "maximum"
+        note(keyword, "refused", f"integers beyond {GREATEST:,} cannot be written under a bound. Use another bound.")
         return part
     bounds: Json = {}
     if low is not None:
-        bounds["minimum"] = max(_exact(low), -_GREATEST)
+        bounds["minimum"] = max(_exact(low), -GREATEST)
         if low >= 10**18 and high is None:
-            high = _GREATEST  # llguidance cannot write an unbounded number of 19 digits
+            high = GREATEST  # llguidance cannot write an unbounded number of 19 digits
     if high is not None:
-        bounds["maximum"] = min(-_exact(-high), _GREATEST)
+        bounds["maximum"] = min(-_exact(-high), GREATEST)
         if high <= -(10**18) and low is None:
-            bounds["minimum"] = -_GREATEST
+            bounds["minimum"] = -GREATEST
     return {**without(part, *_LOWER, *_UPPER), **bounds}
 
 

@@ -12,8 +12,9 @@ from typing import cast
 
 from jsonschema import Draft202012Validator
 
+from agentkit.runtime.schema.automaton import Automaton, listed, searched
 from agentkit.runtime.schema.backend import refusal
-from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, whole, without
+from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, met, whole, without
 from agentkit.runtime.schema.patterns import Untranslatable
 from agentkit.runtime.schema.report import Note
 from agentkit.runtime.schema.strings import matches, translated
@@ -38,8 +39,8 @@ def rewrite(part: Json, note: Note) -> Json:
         return without(part, *_KEYWORDS)
     if any(key in part for key in _KEYWORDS):
         part = whole(part, "minProperties", "maxProperties")
-        part = _patterns(part, note)
         part = _names(part, note)
+        part = _patterns(part, note)
         part = _bounds(part, note)
     _repeats(part, note)
     return part
@@ -51,25 +52,32 @@ def _patterns(part: Json, note: Note) -> Json:
     if not given:
         return without(part, "patternProperties")
     read: Json = {}
-    for pattern, schema in given.items():
-        try:
+    try:
+        for pattern, schema in given.items():
             texts = translated(pattern)
-        except Untranslatable as error:
-            note("patternProperties", "verified", f"names with {error} cannot be told while decoding.")
-            return _any_name(part, note)
-        if len(texts) > 1:
-            note("patternProperties", "verified", "names with look-ahead cannot be told while decoding.")
-            return _any_name(part, note)
-        same = read.setdefault(texts[0], schema)
-        if same != schema:
-            read[texts[0]] = {"allOf": [same, schema]}
+            text = texts[0] if len(texts) == 1 else searched(pattern).pattern()
+            read[text] = _met([read[text], schema]) if text in read else schema
+    except Untranslatable as error:
+        note("patternProperties", "verified", f"names with {error} cannot be told while decoding.")
+        return _any_name(part)
     if len(read) > 1 and not _disjoint(read):
-        schemas = list(read.values())
-        if any(schema != schemas[0] for schema in schemas):
-            note("patternProperties", "verified", "a name that matches several patterns is held to one of them only.")
-            schemas = [{"anyOf": schemas}]
-        read = {"|".join(f"(?:{pattern})" for pattern in read): schemas[0]}
-    return {**part, "patternProperties": read}
+        read = _set_apart(read, note)
+    return {**part, "patternProperties": _beside(part, read, note)}
+
+
+def _beside(part: Json, patterns: Json, note: Note) -> Json:
+    """`patterns` without those declared names for which llguidance has no conjunction of both schemas."""
+    declared = cast("Json", part.get("properties", {}))
+    kept: Json = {}
+    for pattern, schema in patterns.items():
+        names = [name for name, own in declared.items() if matches(pattern, name) and met([own, schema]) is None]
+        if names:
+            note("patternProperties", "verified", f"the declared {names[0]!r} is not held to a pattern's schema too.")
+            rest = searched(pattern).minus(listed(names))
+            pattern = "" if rest.empty else rest.pattern()
+        if pattern or not names:
+            kept[pattern] = schema
+    return kept
 
 
 def _disjoint(patterns: Json) -> bool:
@@ -77,11 +85,40 @@ def _disjoint(patterns: Json) -> bool:
     return not refusal({"type": "object", "patternProperties": names})
 
 
-def _any_name(part: Json, note: Note) -> Json:
+def _set_apart(read: Json, note: Note) -> Json:
+    """Patterns for the names that match one of `read`, and for those that match several; all of them disjoint."""
+    schemas = list(read.values())
+    if all(schema == schemas[0] for schema in schemas):
+        return {"|".join(f"(?:{pattern})" for pattern in read): schemas[0]}
+    apart: list[tuple[Automaton, list[object]]] = []
+    try:
+        for pattern, schema in read.items():
+            rest = searched(pattern)
+            for names, held in list(apart):
+                shared = names.both(rest)
+                if not shared.empty:
+                    apart.remove((names, held))
+                    apart += [(shared, [*held, schema]), (names.minus(rest), held)]
+                    rest = rest.minus(names)
+            apart.append((rest, [schema]))
+        return {names.pattern(): _met(held) for names, held in apart if not names.empty}
+    except Untranslatable:
+        note("patternProperties", "verified", "a name that matches several patterns is held to one of them only.")
+        return {"|".join(f"(?:{pattern})" for pattern in read): {"anyOf": schemas}}
+
+
+def _met(schemas: list[object]) -> object:
+    schema = met(schemas)
+    if schema is None:
+        raise Untranslatable("several schemas")
+    return schema
+
+
+def _any_name(part: Json) -> Json:
     """A part whose names with a pattern are as free as all its names together."""
     others = part.get("additionalProperties", True)
     named = [*cast("Json", part["patternProperties"]).values(), others]
-    free = others is True or others == {} or True in named or {} in named
+    free = any(schema is True or schema == {} for schema in named)
     schema = True if free else {"anyOf": [one for one in named if one is not False]}
     return {**without(part, "patternProperties"), "additionalProperties": schema}
 
@@ -98,32 +135,69 @@ def _names(part: Json, note: Note) -> Json:
     if not names:
         return part
     if "enum" in names or "const" in names:
-        listed = cast("list[object]", names.get("enum", [names.get("const")]))
+        given = cast("list[object]", names.get("enum", [names.get("const")]))
         known = Draft202012Validator(names)
-        return _listed(part, [name for name in listed if isinstance(name, str) and known.is_valid(name)])
-    pattern = _pattern_of(names)
-    if pattern is None or part.get("patternProperties", {}).keys() - {pattern}:
+        return _listed(part, [name for name in given if isinstance(name, str) and known.is_valid(name)])
+    try:
+        return _named(part, names)
+    except Untranslatable:
         note("propertyNames", "verified", "names cannot be held to this schema while decoding.")
         return part
-    given = cast("Json", part.get("properties", {}))
-    properties = {name: schema if matches(pattern, name) else False for name, schema in given.items()}
-    others = part.get("patternProperties", {}).get(pattern, part.get("additionalProperties", True))
-    named = {"patternProperties": {pattern: others}, "additionalProperties": False}
-    return {**part, **({"properties": properties} if properties else {}), **named}
 
 
-def _pattern_of(names: Json) -> str | None:
-    """What a schema for names says, as one pattern; None if it says more."""
-    if names.keys() <= {"minLength", "maxLength"}:
-        return f"^(?s:.){{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
-    return names["pattern"] if names.keys() == {"pattern"} else None
+def _named(part: Json, rule: Json) -> Json:
+    """A part all of whose names satisfy a schema of patterns and lengths.
+
+    Raises:
+        Untranslatable: the schema says more than that, or too much.
+    """
+    patterns = _patterns_of(rule)
+    declared = cast("Json", part.get("properties", {}))
+    properties = {name: schema if _fits(patterns, name) else False for name, schema in declared.items()}
+    part = {**part, "properties": properties} if properties else part
+    given = cast("Json", part.get("patternProperties", {}))
+    others = part.get("additionalProperties", True)
+    taken = [] if others in (True, {}) else [name for name, schema in properties.items() if schema is not False]
+    if not given and not taken and len(patterns) == 1:
+        return {**part, "patternProperties": {patterns[0]: others}, "additionalProperties": False}
+    free = searched(patterns[0])
+    for pattern in patterns[1:]:
+        free = free.both(searched(pattern))
+    read: Json = {}
+    rest = free.minus(listed(taken)) if taken else free
+    for pattern, schema in given.items():
+        names = searched(pattern)
+        shared, rest = names.both(free), rest.minus(names)
+        if not shared.empty:
+            read[shared.pattern()] = schema
+    if others is not False and not rest.empty:
+        read[rest.pattern()] = others
+    return {**without(part, "patternProperties"), "patternProperties": read, "additionalProperties": False}
+
+
+def _patterns_of(rule: Json) -> list[str]:
+    """What a schema for names says, as patterns."""
+    if not rule.keys() <= {"pattern", "allOf", "minLength", "maxLength"}:
+        raise Untranslatable("other keywords")
+    found: list[str] = [rule["pattern"]] if "pattern" in rule else []
+    for beside in cast("list[Json]", rule.get("allOf", [])):
+        if beside.keys() != {"pattern"}:
+            raise Untranslatable("other keywords")
+        found.append(beside["pattern"])
+    if "minLength" in rule or "maxLength" in rule:
+        found.append(f"^(?s:.){{{rule.get('minLength', 0)},{rule.get('maxLength', '')}}}$")
+    return found
+
+
+def _fits(patterns: list[str], name: str) -> bool:
+    return all(matches(pattern, name) for pattern in patterns)
 
 
 def _listed(part: Json, names: list[str]) -> Json:
     """A part with no other names than these."""
     declared = cast("Json", part.get("properties", {}))
-    ordered = [*(name for name in declared if name in names), *(name for name in names if name not in declared)]
-    properties = {name: _member(part, name) for name in dict.fromkeys(ordered)}
+    ordered = dict.fromkeys([*declared, *cast("list[str]", part.get("required", [])), *names])
+    properties = {name: _member(part, name) for name in ordered if name in names}
     closed = {"properties": properties, "additionalProperties": False}
     return {**without(part, "properties", "patternProperties", "additionalProperties"), **closed}
 

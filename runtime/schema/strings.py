@@ -7,17 +7,20 @@ from typing import Any, cast
 
 import jsonschema
 
+from agentkit.runtime.schema.automaton import allowed, automaton
 from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.kinds import Json, admits, whole, without
 from agentkit.runtime.schema.lengths import anchored, closed, counted, span
 from agentkit.runtime.schema.patterns import (
     REST,
+    Ahead,
     Edge,
     Join,
     Node,
     Set,
     Untranslatable,
     conditions,
+    joined,
     walk,
     written,
 )
@@ -109,13 +112,18 @@ def translated(pattern: str) -> list[str]:
         Untranslatable: there are none.
     """
     node, ahead = conditions(pattern)
-    if ahead:
-        raise Untranslatable("look-ahead")
+    texts = [allowed(condition).pattern() if condition.negated else _begun(condition) for condition in ahead]
+    if texts and node == Edge(False):
+        return texts
     text = written(node)
     problem = refusal({"type": "string", "pattern": text})
     if problem and "nsatisfiable" not in problem:
-        raise Untranslatable("anchors or size")
-    return [text]
+        text = automaton(node).pattern()  # anchors in the middle
+    return [text, *texts]
+
+
+def _begun(condition: Ahead) -> str:
+    return written(joined([Edge(False), condition.node]))
 
 
 def matches(pattern: str, text: str) -> bool:
