@@ -23,3 +23,9 @@ def refusal(schema: dict[str, Any]) -> str:
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))  # text: its integers have no limit
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
     return summary(messages[0]) if failed else ""
+
+
+def takes(schema: dict[str, Any]) -> bool:
+    """Whether llguidance has a grammar for a schema, or says that nothing satisfies it."""
+    problem = refusal(schema)
+    return not problem or "nsatisfiable" in problem

@@ -127,6 +127,8 @@ class _Reader:
             raise Untranslatable("word boundaries")
         if flags & re.MULTILINE and not where.endswith("_STRING"):
             raise Untranslatable("anchors at every line")
+        if where == "AT_END" and self.wide:  # also before a last newline
+            return Either((Edge(True), Join((Set(((10, 10),)), Edge(True)))))
         return Edge(end=where.startswith("AT_END"))
 
     def _ahead(self, value: Any, negated: bool, flags: int) -> Node:

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import jsonschema
 
-from agentkit.runtime.schema.automaton import allowed, automaton
-from agentkit.runtime.schema.backend import refusal
+from agentkit.runtime.schema.automaton import allowed, automaton, searched
+from agentkit.runtime.schema.backend import takes
 from agentkit.runtime.schema.kinds import Json, admits, whole, without
 from agentkit.runtime.schema.lengths import anchored, closed, counted, span
 from agentkit.runtime.schema.patterns import (
@@ -116,9 +116,10 @@ def translated(pattern: str) -> list[str]:
     if texts and node == Edge(False):
         return texts
     text = written(node)
-    problem = refusal({"type": "string", "pattern": text})
-    if problem and "nsatisfiable" not in problem:
+    if not takes({"type": "string", "pattern": text}):
         text = automaton(node).pattern()  # anchors in the middle
+    if texts and not takes({"type": "string", "pattern": text, "allOf": [{"pattern": one} for one in texts]}):
+        return [searched(pattern).pattern()]
     return [text, *texts]
 
 
@@ -163,8 +164,7 @@ def _limited(part: Json, node: Node, note: Note, loose: Json | None = None) -> J
     if most is not None and most > _SHORT and not small:
         note("maxLength", "verified", f"counting to {most:,} beside this pattern would slow decoding down.")
         return without(loose, "maxLength")
-    problem = refusal({key: part[key] for key in ("pattern", "minLength", "maxLength", "allOf") if key in part})
-    if problem and "nsatisfiable" not in problem:
+    if not takes({key: part[key] for key in ("pattern", "minLength", "maxLength", "allOf") if key in part}):
         for key in ("minLength", "maxLength"):
             if key in loose:
                 note(key, "verified", "a length beside this pattern is too complex to be enforced while decoding.")
