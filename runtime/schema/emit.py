@@ -9,12 +9,11 @@ from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.schema.exclusion import spread
 from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.parts import LISTS, MAPS, SINGLES, Json, Part, name_of, trivial
-from agentkit.runtime.schema.report import Finding, Status
+from agentkit.runtime.schema.report import Finding, Note
 
 #: Schemas written in all: what conjunctions multiplied beyond it would take the compiler too long.
 MAX_WRITTEN = 20_000
 
-Note = Callable[[str, Status, str], None]
 Rewriting = Callable[[Json, Note], Json]
 
 
@@ -53,8 +52,10 @@ class Emitter:
         Raises:
             SchemaError: too much has been written.
         """
-        if part is False or trivial(part):
-            return part and {}
+        if part is False:
+            return False
+        if trivial(part):
+            return {}
         key = id(part)
         if key in self._written:
             return self._written[key]
@@ -109,6 +110,8 @@ class Emitter:
         return out
 
     def _note(self, finding: Finding) -> None:
+        if finding.status == "refused":
+            raise SchemaError(f"At {finding.pointer or 'the root'}: {finding.keyword}: {finding.reason}", finding.pointer)
         self.findings[finding] = None
 
     def _reference(self, name: str, flat: Json) -> Part:

@@ -16,14 +16,16 @@ import jsonschema
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.drafts import dialect_of
-from agentkit.runtime.schema.emit import Emitter, Rewriting
+from agentkit.runtime.schema.emit import Emitter
+from agentkit.runtime.schema.leaves import LEAVES
 from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.narrow import narrow
 from agentkit.runtime.schema.parts import Json, children, pointer
 from agentkit.runtime.schema.refs import Reader
 from agentkit.runtime.schema.report import Finding, SchemaReport
-from agentkit.runtime.schema.settle import Settler, refusal
+from agentkit.runtime.schema.settle import Settler
 
 Style = Literal["call", "document"]
 
@@ -34,8 +36,6 @@ _STYLES: dict[Style, Json] = {
     "call": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
     "document": {"whitespace_pattern": r" |\n[ \t]{0,24}"},
 }
-#: Formats that llguidance enforces. JSON Schema lets every other one be an annotation.
-_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 _SAMPLES = {
     "date": "2000-01-01",
     "time": "00:00:00Z",
@@ -48,9 +48,6 @@ _SAMPLES = {
     "uuid": "00000000-0000-4000-8000-000000000000",
     "uri": "a:a",
 }
-#: Rewritings of one part's own keywords.
-LEAVES: tuple[Rewriting, ...] = ()
-
 
 @dataclass(frozen=True, slots=True)
 class Front:
@@ -103,7 +100,7 @@ def inline(text: str, style: Style) -> Front:
     document = prepare(text)
     reader = Reader(document)
     root = reader.read()
-    emitter = Emitter(Lowering(reader.named), (_annotations, *LEAVES))
+    emitter = Emitter(Lowering(reader.named), LEAVES)
     try:
         written = emitter.document(root)
     except RecursionError:
@@ -145,14 +142,6 @@ def examples(text: str) -> tuple[str, ...]:
         elif part.get("format") in _SAMPLES:
             found[_SAMPLES[part["format"]]] = None
     return tuple(json.dumps(sample, ensure_ascii=False)[1:-1] for sample in found if sample)[:32]
-
-
-def _annotations(part: Json, note: object) -> Json:
-    kind = part.get("format")
-    if not isinstance(kind, str) or kind in _FORMATS:
-        return part
-    note("format", "exact", f"{kind!r} is an annotation and not enforced.")
-    return {key: value for key, value in part.items() if key != "format"}
 
 
 def _require_shallow(value: object) -> None:

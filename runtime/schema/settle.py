@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import cast
 
-import llguidance
-
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.parts import Json, Part, children, pointer
 from agentkit.runtime.schema.report import Finding
 
@@ -16,23 +14,6 @@ from agentkit.runtime.schema.report import Finding
 _TRIALS, _WIDENED = 256, 32
 #: What is never left out of a part as long as something else can be.
 _KEPT = ("type", "properties", "required", "items", "additionalProperties", "anyOf", "allOf", "$ref", "enum")
-
-
-def limits() -> llguidance.LLParserLimits:
-    """A tenth of a second and some tens of megabytes for a grammar, at most."""
-    return llguidance.LLParserLimits(max_grammar_size=200_000, max_lexer_states=100_000, verbose_errors=False)
-
-
-def summary(message: str) -> str:
-    """An error of llguidance on one line."""
-    return " ".join(message.split())[:300].rstrip(".")
-
-
-def refusal(schema: Json) -> str:
-    """Why llguidance does not take a schema; empty if it does."""
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))  # text: its integers have no limit
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
-    return summary(messages[0]) if failed else ""
 
 
 class Settler:
