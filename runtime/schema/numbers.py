@@ -87,7 +87,7 @@ def _fractions(part: Json, note: Note) -> Json:
     if all(abs(value) <= _SHORT and round(value, 6) == value for value in given.values()):
         if any(key.startswith("exclusive") for key in given):
             rest.setdefault("multipleOf", 10**-_PLACES)
-        return {**rest, **given}
+        return _cut(rest, _opened(given))
     low = max((_decimal(given[key], key != "minimum") for key in _LOWER if key in given), default=None)
     high = min((-_decimal(-given[key], key != "maximum") for key in _UPPER if key in given), default=None)
     if (low is not None and low >= _FAR) or (high is not None and high <= -_FAR):
@@ -102,6 +102,43 @@ def _fractions(part: Json, note: Note) -> Json:
         near = _NEAR if low is None or low < _NEAR else _FAR
         bounds["maximum"] = float(high) if high < _FAR else near
     return {**rest, **bounds}
+
+
+def _opened(given: Json) -> Json:
+    """Bounds none of which is an excluded integer less than one away from the other: llguidance would admit it."""
+    low, high = given.get("exclusiveMinimum"), given.get("exclusiveMaximum")
+    if low is not None and low >= 0 and low % 1 == 0 and min(given.get(key, math.inf) for key in _UPPER) < low + 1:
+        given = {**without(given, "exclusiveMinimum"), "minimum": max(low + 10**-_PLACES, given.get("minimum", low))}
+    if high is not None and high <= 0 and high % 1 == 0 and max(given.get(key, -math.inf) for key in _LOWER) > high - 1:
+        given = {**without(given, "exclusiveMaximum"), "maximum": min(high - 10**-_PLACES, given.get("maximum", high))}
+    return given
+
+
+def _cut(part: Json, given: Json) -> Json:
+    """A part with bounds, and with numbers that are a bound with fewer digits: 3.1 under a maximum of 3.14.
+
+    llguidance wants as many digits as the bound has of every number that begins like it.
+    """
+    low = max((given[key] for key in _LOWER if key in given), default=-_NEAR)
+    high = min((given[key] for key in _UPPER if key in given), default=_NEAR)
+    branches = [given]
+    branches += [{**without(given, *_UPPER), "maximum": cut} for cut in _shortened(high) if low <= cut < high]
+    branches += [{**without(given, *_LOWER), "minimum": -cut} for cut in _shortened(-low) if low < -cut <= high]
+    if len(branches) == 1 or not COMBINING.isdisjoint(part):
+        return {**part, **given}
+    ours: Json = {}
+    if not given.keys() & set(_UPPER):
+        ours["maximum"] = _NEAR
+    if not given.keys() & set(_LOWER):
+        ours["minimum"] = -_NEAR
+    part.setdefault("multipleOf", 10**-_PLACES)
+    return {**part, **ours, "anyOf": branches}
+
+
+def _shortened(bound: float) -> list[float]:
+    """A positive number with one digit after the point, with two, and so on."""
+    places = -Decimal(repr(bound)).as_tuple().exponent if bound > 0 else 0
+    return [math.floor(Decimal(repr(bound)) * 10**n) / 10**n for n in range(1, places)]
 
 
 def _decimal(bound: float, exclusive: bool) -> Decimal:
