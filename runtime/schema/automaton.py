@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-from agentkit.runtime.schema.charsets import ANY, Chars, complement, intersection, union
+from agentkit.runtime.schema.charsets import Chars, holds, intersection, told_apart, union
 from agentkit.runtime.schema.patterns import (
     EMPTY,
     Ahead,
@@ -31,8 +31,8 @@ from agentkit.runtime.schema.patterns import (
 
 State = TypeVar("State")
 
-# Larger automata, and longer patterns, are not worth what they cost: 2,000 steps of a construction take 20 ms.
-_STATES, _STEPS, _LENGTH = 300, 3000, 8000
+# Larger automata, and longer patterns, are not worth what they cost: with these limits none takes more than 0.1 s.
+_STATES, _STEPS, _LENGTH, _WAYS = 300, 3000, 8000, 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def automaton(node: Node) -> Automaton:
     """
     if any(isinstance(inner, Ahead) for inner in walk(node)):
         raise Untranslatable("look-ahead")
-    atoms = _told_apart([inner.chars for inner in walk(node) if isinstance(inner, Set)])
+    atoms = told_apart([inner.chars for inner in walk(node) if isinstance(inner, Set)])
     graph = _Graph()
     end = graph.add(node, 0)
     return graph.determined(atoms, end)
@@ -131,15 +131,6 @@ def listed(texts: Iterable[str]) -> Automaton:
 
 def _literal(text: str) -> Node:
     return Join(tuple(Set(((ord(char), ord(char)),)) for char in text))
-
-
-def _told_apart(sets: list[Chars]) -> tuple[Chars, ...]:
-    """The coarsest classes of characters of which each of `sets` holds all or none."""
-    atoms: list[Chars] = [ANY]
-    for chars in dict.fromkeys(sets):
-        rest = complement(chars)
-        atoms = [part for atom in atoms for part in (intersection(atom, chars), intersection(atom, rest)) if part]
-    return tuple(atoms)
 
 
 class _Graph:
@@ -204,7 +195,7 @@ class _Graph:
     def determined(self, atoms: tuple[Chars, ...], found: int) -> Automaton:
         """The deterministic automaton of texts that hold a way from state 0 to `found`."""
         steps: list[list[tuple[int, int]]] = [
-            [(a, end) for chars, end in own for a, atom in enumerate(atoms) if intersection(atom, chars) == atom]
+            [(a, end) for chars, end in own for a, atom in enumerate(atoms) if holds(chars, atom[0][0])]
             for own in self._steps
         ]
 
@@ -286,24 +277,25 @@ def _least(given: Automaton) -> Automaton:
 
 def _expression(given: Automaton) -> Node:
     """The texts from state 0 to a final one, by taking out one state after the other, cheapest first."""
-    arcs: dict[int, dict[int, Node]] = {}
+    arcs = _Arcs()
     alive = _alive(given)
     for state in alive:
-        sets: dict[int, Chars] = {}
+        sets: dict[int, list[Chars]] = {}
         for atom, after in zip(given.atoms, given.moves[state], strict=True):
             if after in alive:
-                sets[after] = union(sets.get(after, ()), atom)
-        arcs[state] = {after: Set(chars) for after, chars in sets.items()}
+                sets.setdefault(after, []).append(atom)
+        for after, atoms in sets.items():
+            arcs.add(state, after, Set(union(*atoms)), 1)
     start, end = -1, -2
-    arcs[start] = {0: EMPTY}
+    arcs.add(start, 0, EMPTY, 0)
     for state in given.final:
-        arcs[state][end] = EMPTY
+        arcs.add(state, end, EMPTY, 0)
     left = set(alive)
     while left:
-        state = min(left, key=lambda one: _price(arcs, one))
+        state = min(left, key=lambda one: (arcs.price(one), one))
         left.discard(state)
-        _take_out(arcs, state)
-    return arcs[start][end]
+        arcs.take_out(state)
+    return arcs.out[start][end][0]
 
 
 def _alive(given: Automaton) -> set[int]:
@@ -316,31 +308,48 @@ def _alive(given: Automaton) -> set[int]:
         alive |= more
 
 
-def _price(arcs: dict[int, dict[int, Node]], state: int) -> tuple[int, int]:
-    arriving = [source for source, row in arcs.items() if state in row and source != state]
-    leaving = [node for after, node in arcs[state].items() if after != state]
-    size = sum(_size(arcs[source][state]) for source in arriving) * len(leaving)
-    return size + sum(map(_size, leaving)) * len(arriving), state
+class _Arcs:
+    """Patterns between states, each with its size.
 
+    Attributes:
+        out: by the state they lead from, then the state they lead to.
+    """
 
-def _size(node: Node) -> int:
-    return sum(1 for _ in walk(node))
+    def __init__(self) -> None:
+        self.out: dict[int, dict[int, tuple[Node, int]]] = {}
+        self._into: dict[int, set[int]] = {}
+        self._ways = 0
 
+    def add(self, source: int, state: int, node: Node, size: int) -> None:
+        """One more way from `source` to `state`."""
+        row = self.out.setdefault(source, {})
+        if state in row:
+            known, before = row[state]
+            node, size = _either(known, node), before + size + 1
+        self._ways += 1
+        if size > _LENGTH or self._ways > _WAYS:
+            raise Untranslatable("size")
+        row[state] = node, size
+        self._into.setdefault(state, set()).add(source)
 
-def _take_out(arcs: dict[int, dict[int, Node]], state: int) -> None:
-    """Lead what passes through a state around it."""
-    leaving = arcs.pop(state)
-    loop = leaving.pop(state, None)
-    around = EMPTY if loop is None else Repeat(loop, 0, None)
-    for row in arcs.values():
-        arriving = row.pop(state, None)
-        if arriving is None:
-            continue
-        for after, node in leaving.items():
-            way = joined([arriving, around, node])
-            row[after] = _either(row[after], way) if after in row else way
-    if sum(_size(node) for row in arcs.values() for node in row.values()) > _LENGTH:
-        raise Untranslatable("size")
+    def price(self, state: int) -> int:
+        """What taking out a state adds."""
+        sources = self._into.get(state, set()) - {state}
+        leaving = [size for after, (_, size) in self.out.get(state, {}).items() if after != state]
+        arriving = [self.out[source][state][1] for source in sources]
+        return sum(arriving) * len(leaving) + sum(leaving) * len(arriving)
+
+    def take_out(self, state: int) -> None:
+        """Lead what passes through a state around it."""
+        leaving = self.out.pop(state, {})
+        loop, around = leaving.pop(state, (EMPTY, 0))
+        for after in leaving:
+            self._into[after].discard(state)
+        for source in self._into.pop(state, set()) - {state}:
+            arriving, before = self.out[source].pop(state)
+            for after, (node, size) in leaving.items():
+                way = [arriving, node] if loop == EMPTY else [arriving, Repeat(loop, 0, None), node]
+                self.add(source, after, joined(way), before + around + size)
 
 
 def _either(one: Node, other: Node) -> Node:

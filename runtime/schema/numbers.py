@@ -8,10 +8,11 @@ an exclusive bound, where a bound or a constant is beyond 2^53, and, for most fr
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 from typing import cast
 
-from agentkit.runtime.schema.kinds import Json, admits, without
+from agentkit.runtime.schema.kinds import COMBINING, Json, admits, without
 from agentkit.runtime.schema.report import Note
 
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -22,6 +23,8 @@ EXACT, GREATEST = 2**53, 2**63 - 1024
 # Bounds on fractions: those beyond the second are out of llguidance's reach, and stand for the first where that is
 # room enough.
 _NEAR, _FAR = 10**15 - 1, 10**17
+# No bound is farther out than any of these.
+_BEYOND = 10**30
 # A float tells 15 significant digits apart: bounds below a million, and nine digits after the point.
 _SHORT, _PLACES = 10**6, 9
 # Multiples that are tried one by one: about 10 ms.
@@ -67,7 +70,7 @@ def _integers(part: Json, note: Note) -> Json:
 
 def _above(bound: float, exclusive: bool) -> int:
     """The least integer at or above `bound`, or above it."""
-    least = math.ceil(bound)
+    least = math.ceil(min(max(bound, -_BEYOND), _BEYOND))
     return least + 1 if exclusive and least == bound else least
 
 
@@ -81,29 +84,69 @@ def _fractions(part: Json, note: Note) -> Json:
     """Bounds that no digits can round across, and that llguidance can reach."""
     given = {key: part[key] for key in (*_LOWER, *_UPPER) if key in part}
     rest = without(part, *given)
-    exclusive = [key for key in given if key.startswith("exclusive")]
-    fine = all(abs(value) <= _SHORT and round(value, 6) == value for value in given.values())
-    if exclusive and fine:
-        rest.setdefault("multipleOf", 10**-_PLACES)
-    elif not fine:
-        low = max((_float(given[key], key != "minimum") for key in _LOWER if key in given), default=None)
-        high = min((-_float(-given[key], key != "maximum") for key in _UPPER if key in given), default=None)
-        if (low is not None and low >= _FAR) or (high is not None and high <= -_FAR):
-            keyword = next(key for key in given if abs(given[key]) >= _FAR)
-            note(keyword, "refused", f"numbers beyond {_FAR:,} cannot be written under a bound. Use another bound.")
-            return part
-        given = {}
-        if low is not None:
-            given["minimum"] = low if low > -_FAR else -_NEAR if high is None or high > -_NEAR else -_FAR
-        if high is not None:
-            given["maximum"] = high if high < _FAR else _NEAR if low is None or low < _NEAR else _FAR
-    return {**rest, **given}
+    if all(abs(value) <= _SHORT and round(value, 6) == value for value in given.values()):
+        if any(key.startswith("exclusive") for key in given):
+            rest.setdefault("multipleOf", 10**-_PLACES)
+        return _cut(rest, _opened(given))
+    low = max((_decimal(given[key], key != "minimum") for key in _LOWER if key in given), default=None)
+    high = min((-_decimal(-given[key], key != "maximum") for key in _UPPER if key in given), default=None)
+    if (low is not None and low >= _FAR) or (high is not None and high <= -_FAR):
+        keyword = next(key for key in given if abs(given[key]) >= _FAR)
+        note(keyword, "refused", f"numbers beyond {_FAR:,} cannot be written under a bound. Use another bound.")
+        return part
+    bounds: Json = {}
+    if low is not None:
+        near = -_NEAR if high is None or high > -_NEAR else -_FAR
+        bounds["minimum"] = float(low) if low > -_FAR else near
+    if high is not None:
+        near = _NEAR if low is None or low < _NEAR else _FAR
+        bounds["maximum"] = float(high) if high < _FAR else near
+    return {**rest, **bounds}
 
 
-def _float(bound: float, exclusive: bool) -> float:
-    """The least float at or above `bound`, or above it."""
-    near = float(min(max(bound, -(10**300)), 10**300))
-    return near if near > bound or (near == bound and not exclusive) else math.nextafter(near, math.inf)
+def _opened(given: Json) -> Json:
+    """Bounds none of which is an excluded integer less than one away from the other: llguidance would admit it."""
+    low, high = given.get("exclusiveMinimum"), given.get("exclusiveMaximum")
+    if low is not None and low >= 0 and low % 1 == 0 and min(given.get(key, math.inf) for key in _UPPER) < low + 1:
+        given = {**without(given, "exclusiveMinimum"), "minimum": max(low + 10**-_PLACES, given.get("minimum", low))}
+    if high is not None and high <= 0 and high % 1 == 0 and max(given.get(key, -math.inf) for key in _LOWER) > high - 1:
+        given = {**without(given, "exclusiveMaximum"), "maximum": min(high - 10**-_PLACES, given.get("maximum", high))}
+    return given
+
+
+def _cut(part: Json, given: Json) -> Json:
+    """A part with bounds, and with numbers that are a bound with fewer digits: 3.1 under a maximum of 3.14.
+
+    llguidance wants as many digits as the bound has of every number that begins like it.
+    """
+    low = max((given[key] for key in _LOWER if key in given), default=-_NEAR)
+    high = min((given[key] for key in _UPPER if key in given), default=_NEAR)
+    branches = [given]
+    branches += [{**without(given, *_UPPER), "maximum": cut} for cut in _shortened(high) if low <= cut < high]
+    branches += [{**without(given, *_LOWER), "minimum": -cut} for cut in _shortened(-low) if low < -cut <= high]
+    if len(branches) == 1 or not COMBINING.isdisjoint(part):
+        return {**part, **given}
+    ours: Json = {}
+    if not given.keys() & set(_UPPER):
+        ours["maximum"] = _NEAR
+    if not given.keys() & set(_LOWER):
+        ours["minimum"] = -_NEAR
+    part.setdefault("multipleOf", 10**-_PLACES)
+    return {**part, **ours, "anyOf": branches}
+
+
+def _shortened(bound: float) -> list[float]:
+    """A positive number with one digit after the point, with two, and so on."""
+    places = -Decimal(repr(bound)).as_tuple().exponent if bound > 0 else 0
+    return [math.floor(Decimal(repr(bound)) * 10**n) / 10**n for n in range(1, places)]
+
+
+def _decimal(bound: float, exclusive: bool) -> Decimal:
+    """The least number of 15 digits at or above `bound`, or above it: llguidance reads more digits inexactly."""
+    exact = Decimal(repr(min(max(bound, -_BEYOND), _BEYOND)))
+    step = Decimal(1).scaleb(max(exact.adjusted() - 14, -25) if exact else -_PLACES)
+    least = (exact / step).to_integral_value(ROUND_CEILING) * step
+    return least + step if exclusive and least == exact else least
 
 
 def _divisor(part: Json, whole: bool, note: Note) -> Json:
@@ -113,13 +156,39 @@ def _divisor(part: Json, whole: bool, note: Note) -> Json:
         return part
     if not _holds(divisor):
         note("multipleOf", "verified", f"a divisor such as {divisor!r} has too many digits to be enforced.")
-        coarse = 10.0 ** -len(str(divisor).partition(".")[2])
-        return {**part, "multipleOf": coarse} if 10**-_PLACES <= coarse < 1 else without(part, "multipleOf")
-    if isinstance(divisor, int) or _dyadic(divisor):
-        return part
-    if not _agrees(part, divisor, whole):
+        return _coarser(part, divisor)
+    if not isinstance(divisor, int) and not _dyadic(divisor) and not _agrees(part, divisor, whole):
         note("multipleOf", "verified", f"not every multiple of {divisor!r} is one in the arithmetic of floats.")
-    return part
+    return part if whole else _shorter(part, divisor, note)
+
+
+def _coarser(part: Json, divisor: float) -> Json:
+    """A part with as many digits after the point as multiples of `divisor` have."""
+    exact = Decimal(repr(divisor)).normalize()
+    places = len(exact.as_tuple().digits) - 1 - exact.adjusted() if exact.is_finite() else 0
+    return {**part, "multipleOf": 10.0**-places} if 0 < places <= _PLACES else without(part, "multipleOf")
+
+
+def _shorter(part: Json, divisor: float, note: Note) -> Json:
+    """A part whose multiples may also be written with fewer digits than the divisor has: 0.5 under 0.25.
+
+    llguidance wants all of them unless the coefficient is below 10.
+    """
+    step = Fraction(repr(divisor))
+    places = next(n for n in range(40) if (step * 10**n).denominator == 1)
+    if places < 2 or step * 10**places < 10:
+        return part
+    steps = [step, *(_common(step, Fraction(1, 10**n)) for n in range(1, places))]
+    if not COMBINING.isdisjoint(part) or steps[-1] * 10**places > 0xFFFF_FFFF:
+        note("multipleOf", "verified", f"multiples of {divisor!r} cannot be enforced beside other keywords.")
+        return _coarser(part, divisor)
+    return {**without(part, "multipleOf"), "anyOf": [{"multipleOf": float(one)} for one in dict.fromkeys(steps)]}
+
+
+def _common(one: Fraction, other: Fraction) -> Fraction:
+    """The least common multiple."""
+    denominator = math.lcm(one.denominator, other.denominator)
+    return Fraction(math.lcm(int(one * denominator), int(other * denominator)), denominator)
 
 
 def _holds(divisor: float) -> bool:

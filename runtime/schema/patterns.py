@@ -71,6 +71,8 @@ Node = Set | Join | Either | Repeat | Edge | Ahead
 
 EMPTY = Join(())
 REST = Repeat(Set(ANY), 0, None)
+# Neither a long pattern nor a deep one may keep us, or Python's stack, busy.
+_LONGEST, _DEEPEST = 20_000, 60
 # The parser that jsonschema's own `re.search` uses. It has no public name; a parser of ours could disagree with it.
 _parser = import_module("re._parser")
 
@@ -83,8 +85,19 @@ def parse(pattern: str) -> Node:
         Untranslatable: it holds what the tree has no word for, such as a back-reference.
         re.error: it is not a pattern.
     """
+    if len(pattern) > _LONGEST or _nesting(pattern) > _DEEPEST:
+        raise Untranslatable("size")
     tree = _parser.parse(pattern)
     return _Reader(wide=False).sequence(tree, tree.state.flags)
+
+
+def _nesting(pattern: str) -> int:
+    """How deep the parentheses of a pattern are nested, those that are no groups included."""
+    depth = deepest = 0
+    for char in pattern:
+        depth += (char == "(") - (char == ")")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import jsonschema
@@ -87,7 +89,7 @@ def _format(part: Json, note: Note) -> Json:
     return without(part, "format")
 
 
-def also(part: Json, patterns: list[str]) -> Json:
+def also(part: Json, patterns: Sequence[str]) -> Json:
     """A part whose strings also match `patterns`, which are written for llguidance."""
     if not patterns:
         return part
@@ -105,22 +107,23 @@ def _pattern(part: Json, note: Note) -> Json:
     return _bounded(also({**part, "pattern": patterns[0]}, patterns[1:]), pattern, note)
 
 
-def translated(pattern: str) -> list[str]:
+@lru_cache(maxsize=256)
+def translated(pattern: str) -> tuple[str, ...]:
     """Patterns for llguidance all of which a string matches if it matches `pattern`.
 
     Raises:
         Untranslatable: there are none.
     """
     node, ahead = conditions(pattern)
-    texts = [allowed(condition).pattern() if condition.negated else _begun(condition) for condition in ahead]
+    texts = tuple(allowed(condition).pattern() if condition.negated else _begun(condition) for condition in ahead)
     if texts and node == Edge(False):
         return texts
     text = written(node)
     if not takes({"type": "string", "pattern": text}):
         text = automaton(node).pattern()  # anchors in the middle
     if texts and not takes({"type": "string", "pattern": text, "allOf": [{"pattern": one} for one in texts]}):
-        return [searched(pattern).pattern()]
-    return [text, *texts]
+        return (searched(pattern).pattern(),)
+    return text, *texts
 
 
 def _begun(condition: Ahead) -> str:
