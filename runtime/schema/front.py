@@ -26,6 +26,7 @@ from agentkit.runtime.schema.parts import Json, children, pointer
 from agentkit.runtime.schema.refs import Reader
 from agentkit.runtime.schema.report import Finding, SchemaReport
 from agentkit.runtime.schema.settle import Settler
+from agentkit.runtime.schema.shape import plainly_valid
 
 Style = Literal["call", "document"]
 
@@ -82,8 +83,11 @@ def prepare(text: str) -> Json:
     if not isinstance(value, dict):
         raise SchemaError("A schema is a JSON object. Pass one.")
     schema = cast("Json", value)
+    dialect = dialect_of(schema)
+    if plainly_valid(schema, dialect):
+        return schema
     try:
-        dialect_of(schema).check_schema(schema)
+        dialect.check_schema(schema)
     except jsonschema.SchemaError as error:
         at = pointer(error.absolute_path)
         raise SchemaError(f"The schema is not valid at {at or 'the root'}: {error.message[:300]}. Correct it.", at) from None

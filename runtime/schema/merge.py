@@ -12,6 +12,7 @@ from agentkit.runtime.schema.parts import Json, Part, has_type, identity, types
 _LEAST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
 _MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 _ONE = ("multipleOf", "pattern", "format")  # two of a kind cannot be written as one
+_APART = {"email", "ipv4", "ipv6"}  # formats that jsonschema checks in every draft, and no string has two of
 _UNITED = ("$loose", "allOf")
 _CONTAINS = ("contains", "minContains", "maxContains")
 _OBJECT = ("properties", "patternProperties", "additionalProperties")
@@ -199,7 +200,8 @@ def _open(flat: Json, kind: str) -> bool:
             strict = low == flat.get("exclusiveMinimum") or high == flat.get("exclusiveMaximum")
             return low < high or (low == high and not strict)
         case "string":
-            return flat.get("minLength", 0) <= flat.get("maxLength", float("inf"))
+            formats = {part["format"] for part in (flat, *flat.get("allOf", ())) if "format" in part}
+            return flat.get("minLength", 0) <= flat.get("maxLength", float("inf")) and len(formats & _APART) < 2
         case "array":
             least = flat.get("minItems", 0)
             return least <= flat.get("maxItems", float("inf")) and not _missing_item(flat, least)
