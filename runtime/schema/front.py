@@ -9,13 +9,16 @@ is complete. Everything else that is done to a schema only narrows it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, cast
 
 import jsonschema
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.automaton import Automaton, searched
 from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.drafts import dialect_of
 from agentkit.runtime.schema.emit import Emitter
@@ -23,6 +26,7 @@ from agentkit.runtime.schema.leaves import LEAVES
 from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.narrow import narrow
 from agentkit.runtime.schema.parts import Json, children, pointer
+from agentkit.runtime.schema.patterns import Untranslatable
 from agentkit.runtime.schema.refs import Reader
 from agentkit.runtime.schema.report import Finding, SchemaReport
 from agentkit.runtime.schema.settle import Settler
@@ -141,11 +145,23 @@ def examples(text: str) -> tuple[str, ...]:
     while pending:
         part = pending.pop()
         pending += (child for _, child in children(part))
-        if isinstance(pattern := part.get("pattern"), str):
-            found[example(pattern)] = None
+        conjuncts = [part, *(inner for inner in part.get("allOf", ()) if isinstance(inner, dict))]
+        patterns = [inner["pattern"] for inner in conjuncts if isinstance(inner.get("pattern"), str)]
+        if len(patterns) == 1:
+            found[example(patterns[0])] = None
+        elif patterns:
+            found[_example_of_all(patterns)] = None
         elif part.get("format") in _SAMPLES:
             found[_SAMPLES[part["format"]]] = None
     return tuple(json.dumps(sample, ensure_ascii=False)[1:-1] for sample in found if sample)[:32]
+
+
+def _example_of_all(patterns: list[str]) -> str:
+    """A short text that matches several patterns; "" if none is found."""
+    try:
+        return reduce(Automaton.both, map(searched, patterns)).shortest()
+    except (Untranslatable, re.error):
+        return ""
 
 
 def _require_shallow(value: object) -> None:
