@@ -1,9 +1,9 @@
 """JSON schemas as llguidance is given them: checked, rewritten, bounded, and reported on.
 
 A schema becomes parts in normal form (`refs`), these become alternatives without combinators (`lower`), and these are
-written again (`emit`), with keywords that llguidance lacks put into others where that can be done. What cannot be
-written to the letter is made wider, never in silence: the report says ``verified``, and the document is validated when it
-is complete. Everything else that is done to a schema only narrows it.
+written again (`emit`), what llguidance lacks in other keywords (`leaves`). What cannot be written to the letter is made
+wider, never in silence: the report says ``verified``, and the document is validated when it is complete. Everything else
+that is done to a schema only narrows it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ _SAMPLES = {
     "uri": "a:a",
 }
 
+
 @dataclass(frozen=True, slots=True)
 class Front:
     """A schema ready for llguidance, and what became of the user's own.
@@ -94,7 +95,9 @@ def prepare(text: str) -> Json:
         dialect.check_schema(schema)
     except jsonschema.SchemaError as error:
         at = pointer(error.absolute_path)
-        raise SchemaError(f"The schema is not valid at {at or 'the root'}: {error.message[:300]}. Correct it.", at) from None
+        raise SchemaError(
+            f"The schema is not valid at {at or 'the root'}: {error.message[:300]}. Correct it.", at
+        ) from None
     return schema
 
 

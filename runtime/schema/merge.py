@@ -137,8 +137,8 @@ def _unite_objects(a: Json, b: Json, out: Json, children: Children) -> list[Part
     patterns: dict[str, Part] = {}
     for pattern in (*patterns_a, *(pattern for pattern in patterns_b if pattern not in patterns_a)):
         patterns[pattern] = children.both(
-            patterns_a[pattern] if pattern in patterns_a else rest_a,
-            patterns_b[pattern] if pattern in patterns_b else rest_b,
+            patterns_a.get(pattern, rest_a),
+            patterns_b.get(pattern, rest_b),
         )
     if patterns:
         out["patternProperties"] = patterns
@@ -257,4 +257,3 @@ def may_be(value: object, flat: Json) -> bool:
             return all(name in members for name in flat.get("required", ())) and not any(
                 property_of(flat, name) is False for name in members
             )
-

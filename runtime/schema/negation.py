@@ -49,9 +49,7 @@ def negate(part: Part, names: Names, loose: Finding, depth: int = _DEPTH) -> Par
     return alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
 
 
-def _violations(
-    key: str, value: Any, part: Json, names: Names, loose: Finding, depth: int
-) -> Iterator[Part]:
+def _violations(key: str, value: Any, part: Json, names: Names, loose: Finding, depth: int) -> Iterator[Part]:
     """Parts that together allow what violates one keyword."""
 
     def inverse(inner: Part) -> Part:

@@ -29,7 +29,11 @@ def random_combined(rng: random.Random, modern: bool = True) -> Json:
         schema["unevaluatedProperties"] = rng.choice([False, {"type": "integer"}])
     if modern and rng.random() < 0.1:
         schema["unevaluatedItems"] = rng.choice([False, {"type": "integer"}])
-    return {**schema, "$defs": definitions, **({} if modern else {"$schema": "http://json-schema.org/draft-07/schema#"})}
+    return {
+        **schema,
+        "$defs": definitions,
+        **({} if modern else {"$schema": "http://json-schema.org/draft-07/schema#"}),
+    }
 
 
 def _schema(rng: random.Random, depth: int, modern: bool) -> Any:
@@ -39,7 +43,10 @@ def _schema(rng: random.Random, depth: int, modern: bool) -> Any:
         case 0 | 1:
             return {rng.choice(["allOf", "anyOf", "oneOf"]): _several(rng, depth, modern)}
         case 2 | 3:
-            return {**_object(rng, depth, modern), rng.choice(["allOf", "anyOf", "oneOf"]): _several(rng, depth, modern)}
+            return {
+                **_object(rng, depth, modern),
+                rng.choice(["allOf", "anyOf", "oneOf"]): _several(rng, depth, modern),
+            }
         case 4:
             return {"not": _schema(rng, depth - 1, modern)}
         case 5:
