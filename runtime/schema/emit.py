@@ -111,7 +111,9 @@ class Emitter:
 
     def _note(self, finding: Finding) -> None:
         if finding.status == "refused":
-            raise SchemaError(f"At {finding.pointer or 'the root'}: {finding.keyword}: {finding.reason}", finding.pointer)
+            raise SchemaError(
+                f"At {finding.pointer or 'the root'}: {finding.keyword}: {finding.reason}", finding.pointer
+            )
         self.findings[finding] = None
 
     def _reference(self, name: str, flat: Json) -> Part:

@@ -38,7 +38,9 @@ def _without(part: Json, kind: str, values: list[Any]) -> list[Json]:
             left = [value for value in (True, False) if not any(value is each for each in values)]
             return [{**part, "enum": left}] if left else []
         case "string" if sum(map(len, values)) <= _CHARACTERS:
-            return [{**part, "allOf": (*part.get("allOf", ()), {"$at": part.get("$at", ""), "pattern": other_than(values)})}]
+            return [
+                {**part, "allOf": (*part.get("allOf", ()), {"$at": part.get("$at", ""), "pattern": other_than(values)})}
+            ]
         case "integer" | "number":
             return _gaps(part, kind, values)
         case "array" if values == [[]]:
@@ -46,7 +48,9 @@ def _without(part: Json, kind: str, values: list[Any]) -> list[Json]:
         case "object" if values == [{}]:
             return [{**part, "minProperties": max(1, part.get("minProperties", 0))}]
         case _:
-            loose = Finding(part.get("$at", ""), "not", "verified", f"excluding these values of type {kind} is not a grammar.")
+            loose = Finding(
+                part.get("$at", ""), "not", "verified", f"excluding these values of type {kind} is not a grammar."
+            )
             return [{**part, "$loose": (*part.get("$loose", ()), loose)}]
 
 

@@ -84,9 +84,7 @@ class Lowering:
             raise SchemaError(f"At {at or 'the root'}: $ref leads to itself, so nothing is said. Correct it.", at)
         self._opening.append(name)
         try:
-            return [
-                each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)
-            ]
+            return [each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)]
         finally:
             self._opening.pop()
 
@@ -238,8 +236,10 @@ class Lowering:
         ones, twos = self.opened(one, seen), self.opened(two, seen)
         for flat, other, others in ((one, two, twos), (two, one, ones)):
             # A type beside a reference that allows no other says nothing new.
-            if others != [other] and flat.keys() <= {"$at", "type"} and all(
-                common_types(types(each), types(flat)) == types(each) for each in others
+            if (
+                others != [other]
+                and flat.keys() <= {"$at", "type"}
+                and all(common_types(types(each), types(flat)) == types(each) for each in others)
             ):
                 return [other]
         found: list[Json] = []

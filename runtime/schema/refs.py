@@ -1,7 +1,7 @@
 """A schema and all that its ``$ref``s lead to, as parts in normal form.
 
-References are resolved by the library `referencing`, as jsonschema does: relative to ``$id``, by pointer, by anchor, into
-the metaschemas it brings along, and nowhere else.
+References are resolved by the library `referencing`, as jsonschema does: relative to ``$id``, by pointer, by anchor,
+into the metaschemas it brings along, and nowhere else.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class Reader:
             part["allOf"] = [*more, *part.get("allOf", [])]
         return part
 
-    def _refer(
-        self, part: Json, more: list[Part], key: str, target: str, dialect: Dialect, resolver: Resolver
-    ) -> None:
+    def _refer(self, part: Json, more: list[Part], key: str, target: str, dialect: Dialect, resolver: Resolver) -> None:
         """Add what a reference leads to: as ``$ref``, or to `more` where there is one already."""
         at: str = part["$at"]
         if key == "$dynamicRef" and self._resources() > 1:
