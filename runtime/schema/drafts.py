@@ -23,7 +23,7 @@ Dialect = Any
 
 def dialect_of(schema: Json, default: Dialect = jsonschema.Draft202012Validator) -> Dialect:
     """The draft that a schema's ``$schema`` names."""
-    return validator_for(schema, default=default) if "$schema" in schema else default
+    return validator_for(schema, default=default) if isinstance(schema.get("$schema"), str) else default
 
 
 def modern(schema: Json, dialect: Dialect) -> tuple[Json, dict[str, str]]:
