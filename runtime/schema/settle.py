@@ -82,7 +82,7 @@ class Settler:
                         self._places[id(made)] = self._places[id(inner)]
             elif isinstance(inner, list):
                 items = cast("list[object]", inner)
-                copied = list(map(copy, items))
+                copied = [copy(item) for item in items]
                 if any(one is not other for one, other in zip(copied, items, strict=True)):
                     made = copied
             copies[id(inner)] = made
