@@ -57,7 +57,7 @@ class Settler:
                     raise _error(at, why)
                 self.findings[Finding(at, key, "verified", f"{why}.")] = None
                 schema = cast("Json", self._replaced(schema, part, wider))
-        raise _error("", reason)
+        raise _error("", "too many of its keywords are unknown to the grammar")
 
     def _refused(self, schema: Json, part: Json) -> str:
         """Why a part is refused on its own; empty if it is not, or once there have been too many trials."""
