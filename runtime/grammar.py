@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from agentkit.runtime.closing import Candidates, Hints, Search, complete, example
 from agentkit.runtime.errors import EngineError, SchemaError
-from agentkit.runtime.schema.front import Style, examples, inline, limits, summary
+from agentkit.runtime.schema.backend import limits, summary
+from agentkit.runtime.schema.front import Style, examples, inline
 from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.vocab import Vocabulary
 
@@ -301,9 +302,10 @@ class GrammarCompiler:
         match spec:
             case JsonSpec(text, style):
                 front = inline(text, style)
-                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(front.schema)))
+                written = json.dumps(front.schema)
+                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(written))
                 reports = (("", front.report),)
-                hints = Hints(json=True, examples=examples(text))
+                hints = Hints(json=True, examples=examples(written))
             case RegexSpec(pattern):
                 root = self._root(llguidance.LLMatcher.grammar_from_regex(pattern))
                 hints = Hints(examples=tuple(filter(None, [example(pattern)])))
