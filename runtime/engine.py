@@ -42,7 +42,7 @@ T = TypeVar("T")
 #: Up to this many decoding sequences have drafts: with more, a step has many rows as it is, and each costs.
 _FEW = 4
 
-#: What a step has brought a request: chunks, and the error that ends it, if one does.
+#: What a step has brought a request: chunks its caller may see, and the error that ends it, if one does.
 Outcome = tuple[Live, list[Chunk], AgentError | None]
 
 
@@ -529,10 +529,10 @@ class Engine:
                 error = EngineError(f"sampling failed: {failure!r}")
         for chunk in chunks:
             self._scheduler.append(live.generation.rid, chunk.ids)
-        return live, chunks, error
+        return live, live.release(chunks), error
 
     def _hand_out(self, outcomes: list[Outcome]) -> None:
-        """Tell the callers, and end the requests whose outputs say so."""
+        """Tell the callers, end the requests whose outputs say so, and take back what is to be decoded again."""
         for live, chunks, error in outcomes:
             rid = live.generation.rid
             for chunk in chunks:
@@ -545,6 +545,9 @@ class Engine:
                 self._forget(rid)
                 self._scheduler.finish(rid)
                 live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
+            elif live.rewound is not None:
+                self._scheduler.rewind(rid, live.rewound)
+                live.rewound = None
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not run: nothing of it may be published, and its requests end with the cause."""

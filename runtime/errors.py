@@ -23,6 +23,19 @@ class SchemaError(AgentError):
         self.pointer = pointer
 
 
+class DocumentError(AgentError):
+    """A finished document or call does not satisfy its schema, and what was tried in its place does not either.
+
+    Attributes:
+        pointer: JSON pointer of the failing value in the document.
+        ids: of the last attempt, as far as they were held back.
+    """
+
+    def __init__(self, message: str, pointer: str, ids: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.pointer, self.ids = pointer, ids
+
+
 class CapacityError(AgentError):
     """A request can never fit: the context, the page pool or the token budget is too small for it."""
 
