@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentkit.runtime.closing import Candidates, Hints, Search, complete, example
-from agentkit.runtime.errors import DocumentError, EngineError, SchemaError
+from agentkit.runtime.errors import EngineError, SchemaError
 from agentkit.runtime.review import Case, Review
 from agentkit.runtime.schema.front import Style, examples, inline, limits, summary
 from agentkit.runtime.schema.judge import Judge
@@ -153,10 +153,8 @@ class Grammar:
             if rest is None or not all(map(matcher.advance, rest)):
                 return None
             if review.hear(rest, ended=True):
-                return matcher.ids
-            try:
-                review.back(matcher, _LONGEST_MINIMUM, 0)
-            except DocumentError:
+                return list(matcher.ids)
+            if not review.back(matcher, _LONGEST_MINIMUM, 0):
                 return None
         return None
 

@@ -234,7 +234,8 @@ class Live:
         assert self.matcher is not None
         before, taken = review.counts, len(self.matcher.ids)
         self.ended = None
-        review.back(self.matcher, self.left, self._reserve)
+        if not review.back(self.matcher, self.left, self._reserve):
+            raise review.error(self.usage())
         ids, after = self.matcher.ids, review.counts
         gone = taken - len(ids)
         self._decoded -= before[0] - after[0]

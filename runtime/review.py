@@ -5,9 +5,9 @@ valid, so nothing that has been handed out is ever taken back. If it fails, the 
 failing value, everything that leads to the same text again is excluded there, and decoding goes on. What is excluded
 lives in the matcher (`Matcher.ban`), so masks, drafts, forced ids and completions all keep to it.
 
-Which decision: of a string the first one inside it, since another string is wanted and not a longer one; of other
-values the last one, as what fails is often only that a value ends too early or with the wrong digit, then the first
-one. If the same value has failed twice, the decisions before it in the value around it, and so on outwards.
+Which decision: of a string the first one inside it, since another string is wanted and not a longer one; of a number
+the last one; of an object or an array the last one about its own members, as what fails is often only that it has too
+few or one of the wrong name. If the same value has failed three times, the decisions before it, the nearest first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from agentkit.runtime.schema.judge import Fault, Judge
 
 if TYPE_CHECKING:
     from agentkit.runtime.grammar import Matcher
-    from agentkit.runtime.request import Chunk
+    from agentkit.runtime.request import Chunk, Usage
     from agentkit.runtime.spelling import Spellings
     from agentkit.runtime.vocab import Vocabulary
 
-#: How often a value is decoded again, in part, before it is given up.
-ATTEMPTS = 8
+#: How often a document is decoded again, in part, before it is given up: without getting further, and in all.
+ATTEMPTS, MOST_ATTEMPTS = 8, 32
+#: After so many failures of the same value what stands before it is decoded otherwise.
+_PATIENCE = 3
 
 _STARTS = b'{["-0123456789tfn'
 _SCALAR_ENDS = b",]} \t\n\r"
@@ -130,7 +132,8 @@ class Review:
         self._before = _Before()
         self._value: _Value | None = None
         self._fault: Fault | None = None
-        self._attempts = 0
+        self._attempts = self._all_attempts = 0  # without getting further than `_furthest`, and in all
+        self._furthest = -1  # the last byte of the judged value at which a failing value has begun
         self._failures = Counter[int]()  # by the byte of the judged value at which a failing value begins
         self._held: list[tuple[int, Chunk]] = []  # with the index of the first id of each
 
@@ -231,11 +234,11 @@ class Review:
         self._fault = self._value.case.judge.fault(self._value.text.decode("utf-8", "replace"))
         if self._fault is None:
             self._value, self._before = None, _Before(first=False)
-            self._attempts, self._failures = 0, Counter()
+            self._attempts, self._all_attempts, self._furthest, self._failures = 0, 0, -1, Counter()
 
     # --- the way back
 
-    def back(self, matcher: Matcher, left: int, reserve: int) -> None:
+    def back(self, matcher: Matcher, left: int, reserve: int) -> bool:
         """Take the output back to the decision that is to be made otherwise, and exclude what it was.
 
         Args:
@@ -243,30 +246,43 @@ class Review:
             left: ids the budget has room for.
             reserve: where less is left, a completion is looked for before a decision is chosen.
 
-        Raises:
-            DocumentError: no other decision is possible, or enough have been tried.
+        Returns:
+            False, and nothing is changed, if no other decision is possible, or enough have been tried.
         """
         value, fault = self._value, self._fault
         assert value is not None
         assert fault is not None
         path = _Path(value, fault, matcher.ids[value.first :], self._vocab)
-        start = path.spans[0][0]
-        skip = self._failures[start] + 2 * fault.excess
-        self._attempts += 1
-        rungs = list(path.rungs())[skip:] if self._attempts <= ATTEMPTS else []
-        for place in (place for rung in rungs for place in rung):
+        start = path.span[0]
+        outward = fault.excess or self._failures[start] >= _PATIENCE
+        places = [*path.before, *path.own] if outward else [*path.own, *path.before]
+        if start > self._furthest:
+            self._attempts, self._furthest = 0, start
+        if self._attempts == ATTEMPTS or self._all_attempts == MOST_ATTEMPTS:
+            return False
+        for place in places:
             at, text, string = value.first + place, path.text(place), path.strings[place]
             if self._exclude(matcher, at, self._spellings.along(text, string), left, reserve):
+                self._attempts += 1
+                self._all_attempts += 1
                 self._failures[start] += 1
                 reached = path.starts[place + 1]
                 self._failures = Counter({key: count for key, count in self._failures.items() if key < reached})
                 self._return(value, matcher.ids)
-                return
-        raise DocumentError(
-            f"The output does not satisfy its schema, at {fault}. {self._attempts - 1} other ways to write it have been "
-            "tried. Simplify that part of the schema, or ask in other words.",
-            fault.pointer,
+                return True
+        return False
+
+    def error(self, usage: Usage) -> DocumentError:
+        """For the caller, when there is no way `back`."""
+        assert self._value is not None
+        assert self._fault is not None
+        return DocumentError(
+            f"The output does not satisfy its schema, at {self._fault}. {self._all_attempts} other ways to write it "
+            "have been tried. Simplify that part of the schema, or ask in other words.",
+            self._fault.pointer,
+            not self._value.case.header,
             tuple(token for _, chunk in self._held for token in chunk.ids),
+            usage,
         )
 
     def _exclude(self, matcher: Matcher, at: int, banned: list[int], left: int, reserve: int) -> bool:
@@ -289,9 +305,7 @@ class Review:
         ]
         self._fault, self._value, self._before = None, None, copy(value.before)
         self._taken = value.first
-        attempts, failures = self._attempts, self._failures
         self.hear(ids[value.first :], ended=False)
-        self._attempts, self._failures = attempts, failures
 
 
 class _Path:
@@ -301,13 +315,15 @@ class _Path:
         starts: for each place, and the end, the byte of the judged value at which it begins; below 0 in what stands
             before.
         strings: for each place whether it begins inside a string.
-        spans: as of the fault, in bytes.
+        span: as of the fault, in bytes.
     """
 
     def __init__(self, value: _Value, fault: Fault, ids: Sequence[int], vocab: Vocabulary) -> None:
         self._bytes = [vocab.token_bytes(token) for token in ids]
         document = value.text.decode("utf-8", "replace")
-        self.spans = [(len(document[:s].encode()), len(document[:e].encode())) for s, e in fault.spans]
+        self.span, *self._members = [
+            (len(document[:s].encode()), len(document[:e].encode())) for s, e in (fault.span, *fault.members)
+        ]
         self.starts, self.strings, context, at = list[int](), list[bool](), Context(), -value.offset
         for data in self._bytes:
             self.starts.append(at)
@@ -315,24 +331,27 @@ class _Path:
             context = context.after(data[max(0, -at) :])
             at += len(data)
         self.starts.append(at)
-        self._quoted = value.text[self.spans[0][0]] == 0x22
+        self._opening = value.text[self.span[0]]
 
     def text(self, place: int) -> bytes:
         """What stands from a place to the end of the failing value."""
-        return b"".join(self._bytes[place:])[: self.spans[0][1] - self.starts[place]]
+        return b"".join(self._bytes[place:])[: self.span[1] - self.starts[place]]
 
-    def rungs(self) -> Iterator[list[int]]:
-        """The places to go back to, those of each rung in the order in which they are tried."""
-        start, end = self.spans[0]
-        own = self._within(start, end)
-        if self._quoted:
-            inside = [place for place in own if self.starts[place] > start] + own[:1]
-            yield from (inside, inside)
-        else:
-            yield from (own[::-1], own)
-        for (start, _), (outer, _) in pairwise(self.spans):
-            before = [place for place in self._within(outer, start) if self.starts[place] < start]
-            yield from (before[::-1], before)
+    @property
+    def own(self) -> list[int]:
+        """The places of the failing value, in the order in which they are tried."""
+        start, end = self.span
+        places = [at for at, (s, e) in enumerate(pairwise(self.starts)) if s < end and e > start]
+        if self._opening == 0x22:
+            return [place for place in places if self.starts[place] > start] + places[:1]
+        places.reverse()
+        return sorted(places, key=self._inner)
 
-    def _within(self, start: int, end: int) -> list[int]:
-        return [at for at, (s, e) in enumerate(pairwise(self.starts)) if s < end and e > start]
+    @property
+    def before(self) -> list[int]:
+        """The places before the failing value, the nearest first."""
+        return [at for at in range(len(self._bytes) - 1, -1, -1) if self.starts[at + 1] <= self.span[0]]
+
+    def _inner(self, place: int) -> bool:
+        """Whether it begins inside a value that the failing one consists of."""
+        return any(start < self.starts[place] < end for start, end in self._members)

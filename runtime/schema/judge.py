@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jsonschema
-from jsonschema.exceptions import best_match
 from jsonschema.validators import validator_for
 
 from agentkit.runtime.schema.front import Json
@@ -31,15 +30,16 @@ class Fault:
         pointer: JSON pointer of the value in the document; ``""`` for the whole.
         keyword: of the schema, such as ``uniqueItems``.
         message: what is wrong with the value.
-        spans: where the value stands in the document's text, then each value around it, the whole document last:
-            first character and the one after the last.
+        span: where the value stands in the document's text: its first character and the one after its last.
+        members: where the values directly inside it stand.
         excess: the value is one too many: no other one in its place could be right.
     """
 
     pointer: str
     keyword: str
     message: str
-    spans: tuple[Span, ...]
+    span: Span
+    members: tuple[Span, ...] = ()
     excess: bool = False
 
     def __str__(self) -> str:
@@ -77,18 +77,41 @@ class Judge:
             return twice
         try:
             value: Any = json.loads(document)
-            errors = list(self._validator.iter_errors(value))
+            errors = [leaf for error in self._validator.iter_errors(value) for leaf in _leaves(error)]
             found = [self._locate(document, value, error) for error in errors]
         except (ValueError, ArithmeticError, RecursionError) as error:  # a number or a depth that Python does not take
-            return Fault("", "type", f"it cannot be judged: {error}", (_whole(document),))
-        return min(found, key=lambda fault: (fault.spans[0][1], -fault.spans[0][0]), default=None)
+            return Fault("", "type", f"it cannot be judged: {error}", _whole(document))
+        return min(found, key=lambda fault: (fault.span[1], -fault.span[0]), default=None)
 
     def _locate(self, document: str, value: Any, error: Any) -> Fault:
-        error = best_match(iter([error])) or error  # into the branch of a union that comes closest
         path = tuple(cast("Sequence[Step]", error.absolute_path))
         blame = _blame(error, path, value)
-        spans = _spans(document, blame.path, blame.key)
-        return Fault(_pointer(blame.path), str(error.validator), str(error.message)[:300], spans, blame.excess)
+        span = _whole(document)
+        for step in blame.path:
+            span = next(member.value for member in _members(document, span[0]) if member.step == step)
+        members = tuple(member.value for member in _members(document, span[0]))
+        if blame.key is not None:
+            span, members = next(m.key for m in _members(document, span[0]) if m.step == blame.key), ()
+        return Fault(_pointer(blame.path), str(error.validator), str(error.message)[:300], span, members, blame.excess)
+
+
+def _leaves(error: Any) -> Iterator[Any]:
+    """The errors of the branch of a union that comes closest; the error itself where it is of no union, or where two
+    branches come equally close."""
+    branches: dict[Hashable, list[Any]] = {}
+    for inner in error.context:
+        branches.setdefault(inner.relative_schema_path[0], []).append(inner)
+    ranked = sorted((_distance(errors), index) for index, errors in enumerate(branches.values()))
+    if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
+        yield error
+        return
+    for inner in list(branches.values())[ranked[0][1]]:
+        yield from _leaves(inner)
+
+
+def _distance(errors: Sequence[Any]) -> tuple[int, int]:
+    """How far a branch is: what tells branches apart counts first, then how much is wrong."""
+    return sum(error.validator in ("const", "enum", "type") for error in errors), len(errors)
 
 
 def _blame(error: Any, path: tuple[Step, ...], root: Any) -> _Blame:
@@ -189,16 +212,6 @@ def _whole(text: str) -> Span:
     return start, max(start, len(text.rstrip(" \t\n\r")))
 
 
-def _spans(text: str, path: Sequence[Step], key: str | None) -> tuple[Span, ...]:
-    """The value at a path, or a key in it, and each value around it."""
-    spans = [_whole(text)]
-    for step in path:
-        spans.insert(0, next(member.value for member in _members(text, spans[0][0]) if member.step == step))
-    if key is not None:
-        spans.insert(0, next(member.key for member in _members(text, spans[0][0]) if member.step == key))
-    return tuple(spans)
-
-
 def _repeated_key(text: str) -> Fault | None:
     """The first key that stands a second time in its object."""
 
@@ -209,7 +222,7 @@ def _repeated_key(text: str) -> Fault | None:
     try:
         json.loads(text, object_pairs_hook=refuse)
     except _RepeatedKeyError:
-        return _first_repeated(text, (), (_whole(text),))
+        return _first_repeated(text, (), _whole(text)[0])
     except (ValueError, RecursionError):  # not this function's matter
         pass
     return None
@@ -219,14 +232,15 @@ class _RepeatedKeyError(Exception):
     pass
 
 
-def _first_repeated(text: str, path: tuple[Step, ...], spans: tuple[Span, ...]) -> Fault | None:
+def _first_repeated(text: str, path: tuple[Step, ...], start: int) -> Fault | None:
     seen: set[Step] = set()
-    for member in _members(text, spans[0][0]):
+    for member in _members(text, start):
         if member.step in seen:
-            message = f"the key {member.step!r} stands twice in this object"
-            return Fault(_pointer(path), "properties", message, (member.key, *spans))
+            return Fault(
+                _pointer(path), "properties", f"the key {member.step!r} stands twice in this object", member.key
+            )
         seen.add(member.step)
-        fault = _first_repeated(text, (*path, member.step), (member.value, *spans))
+        fault = _first_repeated(text, (*path, member.step), member.value[0])
         if fault is not None:
             return fault
     return None
