@@ -292,7 +292,9 @@ class Loop(Generic[Out]):
         turn.rejected = error
         if error.whole:
             turn.ids += error.ids
-            turn.text.append(self.job.engine.vocab.decode(t for t in error.ids if t not in self.job.engine.vocab.end_ids))
+            turn.text.append(
+                self.job.engine.vocab.decode(t for t in error.ids if t not in self.job.engine.vocab.end_ids)
+            )
         else:
             del turn.ids[turn.sound :]
 

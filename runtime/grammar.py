@@ -179,8 +179,8 @@ class _Tables:
 class Matcher:
     """State of one output. Not thread-safe, except that `fill` may run beside nothing else of the same matcher.
 
-    An end id is legal wherever the output may stop; after it nothing is. What is banned is not legal where it is banned,
-    as if the grammar excluded it there.
+    An end id is legal wherever the output may stop; after it nothing is. What is banned somewhere is not legal there, as
+    if the grammar excluded it.
     """
 
     __slots__ = ("_bans", "_ended", "_ids", "_llm", "_root", "_search", "_tables")

@@ -6,14 +6,16 @@ failing value, everything that leads to the same text again is excluded there, a
 lives in the matcher (`Matcher.ban`), so masks, drafts, forced ids and completions all keep to it.
 
 Which decision: of a string the first one inside it, since another string is wanted and not a longer one; of a number
-the last one; of an object or an array the last one about its own members, as what fails is often only that it has too
-few or one of the wrong name. If the same value has failed three times, the decisions before it, the nearest first.
+the last one; if that has not helped, at the other end. Of an object or an array the last one about its own members, as
+what fails is often only that it has too few or one of the wrong name. If the same value has failed three times, the
+decisions before it, the nearest first.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -254,13 +256,15 @@ class Review:
         assert fault is not None
         path = _Path(value, fault, matcher.ids[value.first :], self._vocab)
         start = path.span[0]
-        outward = fault.excess or self._failures[start] >= _PATIENCE
-        places = [*path.before, *path.own] if outward else [*path.own, *path.before]
+        failures = self._failures[start]
+        places = [path.own(again=failures % 2 == 1), path.before]
+        if fault.excess or failures >= _PATIENCE:
+            places.reverse()
         if start > self._furthest:
             self._attempts, self._furthest = 0, start
         if self._attempts == ATTEMPTS or self._all_attempts == MOST_ATTEMPTS:
             return False
-        for place in places:
+        for place in itertools.chain(*places):
             at, text, string = value.first + place, path.text(place), path.strings[place]
             if self._exclude(matcher, at, self._spellings.along(text, string), left, reserve):
                 self._attempts += 1
@@ -300,9 +304,9 @@ class Review:
 
     def _return(self, value: _Value, ids: Sequence[int]) -> None:
         """Be in the state that `ids` lead to, which end in `value` or right before its first id."""
-        self._held = [
-            (start, chunk._replace(ids=chunk.ids[: len(ids) - start])) for start, chunk in self._held if start < len(ids)
-        ]
+        size = len(ids)
+        held = [(start, chunk) for start, chunk in self._held if start < size]
+        self._held = [(start, chunk._replace(ids=chunk.ids[: size - start])) for start, chunk in held]
         self._fault, self._value, self._before = None, None, copy(value.before)
         self._taken = value.first
         self.hear(ids[value.first :], ended=False)
@@ -337,15 +341,21 @@ class _Path:
         """What stands from a place to the end of the failing value."""
         return b"".join(self._bytes[place:])[: self.span[1] - self.starts[place]]
 
-    @property
-    def own(self) -> list[int]:
-        """The places of the failing value, in the order in which they are tried."""
+    def own(self, again: bool) -> list[int]:
+        """The places of the failing value, in the order in which they are tried.
+
+        Args:
+            again: what came first in another order has just been tried.
+        """
         start, end = self.span
         places = [at for at, (s, e) in enumerate(pairwise(self.starts)) if s < end and e > start]
         if self._opening == 0x22:
-            return [place for place in places if self.starts[place] > start] + places[:1]
-        places.reverse()
-        return sorted(places, key=self._inner)
+            inside = [place for place in places if self.starts[place] > start]
+            return (inside[::-1] if again else inside) + places[:1]
+        if self._opening in b"{[":
+            places.reverse()
+            return sorted(places, key=self._inner)
+        return places if again else places[::-1]
 
     @property
     def before(self) -> list[int]:
@@ -353,5 +363,7 @@ class _Path:
         return [at for at in range(len(self._bytes) - 1, -1, -1) if self.starts[at + 1] <= self.span[0]]
 
     def _inner(self, place: int) -> bool:
-        """Whether it begins inside a value that the failing one consists of."""
-        return any(start < self.starts[place] < end for start, end in self._members)
+        """Whether what is decided there is no matter of the failing value itself, but of one that it consists of: which
+        items an array has is its own matter, of an object which keys."""
+        at, array = self.starts[place], self._opening == 0x5B
+        return any(start + array <= at < end for start, end in self._members)

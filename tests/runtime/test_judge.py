@@ -31,10 +31,22 @@ _UNION = {
         ({"maxProperties": 1}, '{"a": 1, "b": [2]}', "[2]", "/b", "maxProperties"),
         ({"properties": {"a": {"required": ["x"]}}}, '{"z": 0, "a": {"y": {}}}', '{"y": {}}', "/a", "required"),
         ({"propertyNames": {"pattern": "^x"}}, '{"xa": "b", "b": 2}', '"b"', "", "pattern"),
-        ({"additionalProperties": False, "properties": {"a": {}}}, '{"a": "b", "b": 2}', '"b"', "", "additionalProperties"),
+        (
+            {"additionalProperties": False, "properties": {"a": {}}},
+            '{"a": "b", "b": 2}',
+            '"b"',
+            "",
+            "additionalProperties",
+        ),
         ({"items": {"format": "ipv4"}}, '["1.2.3.4", "x"]', '"x"', "/1", "format"),
         ({"not": {"required": ["b"]}}, '{"a": 1, "b": 2}', '{"a": 1, "b": 2}', "", "not"),
-        ({"if": {"required": ["a"]}, "then": {"properties": {"b": {"const": 1}}}}, '{"a": 0, "b": 2}', "2", "/b", "const"),
+        (
+            {"if": {"required": ["a"]}, "then": {"properties": {"b": {"const": 1}}}},
+            '{"a": 0, "b": 2}',
+            "2",
+            "/b",
+            "const",
+        ),
         ({"oneOf": [{"minimum": 3}, {"maximum": 5}]}, "4", "4", "", "oneOf"),
         (_UNION, '{"kind": "a", "size": 3}', "3", "/size", "minimum"),
         ({}, '{"k": {"b": 1, "b": 1}}', '"b"', "/k", "properties"),
@@ -72,7 +84,12 @@ _values = st.recursive(
 _SCHEMAS: list[dict[str, Any]] = [
     {"type": ["array", "object"], "uniqueItems": True, "minProperties": 1, "maxProperties": 2},
     {"additionalProperties": {"$ref": "#"}, "items": {"$ref": "#"}, "uniqueItems": True, "not": {"const": 1}},
-    {"anyOf": [{"type": "array", "contains": {"type": "string"}}, {"propertyNames": {"maxLength": 1}, "type": "object"}]},
+    {
+        "anyOf": [
+            {"type": "array", "contains": {"type": "string"}},
+            {"propertyNames": {"maxLength": 1}, "type": "object"},
+        ]
+    },
     {"oneOf": [{"type": "object"}, {"required": ["a"]}, {"type": "array", "maxItems": 1}]},
     {"dependentRequired": {"a": ["b"]}, "if": {"required": ["b"]}, "then": {"properties": {"b": {"type": "array"}}}},
 ]

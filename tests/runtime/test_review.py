@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import jsonschema
 import pytest
 
@@ -74,7 +75,12 @@ class Tool:
     description: str = ""
 
 
-NOTE: Json = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+NOTE: Json = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
 PICK: Json = {
     **NOTE,
     "properties": {"to": {"oneOf": [{"type": "string", "pattern": p} for p in ("^[ab]{1,3}$", "^[^b]{1,4}$")]}},
@@ -150,7 +156,7 @@ def faults(schema: Json, document: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("text", "string"),
-    [(b'"re d", 7]', False), (b're d", ', True), (b' \n"", "a"', False), (b"17", False), ("é\\n\"".encode(), True)],
+    [(b'"re d", 7]', False), (b're d", ', True), (b' \n"", "a"', False), (b"17", False), ('é\\n"'.encode(), True)],
 )
 def test_what_goes_along_with_a_text_is_every_token_that_may_lead_to_it(text: bytes, string: bool) -> None:
     vocab = open_checkpoint(smol_path()).vocabulary()
@@ -336,7 +342,7 @@ async def _held(engine: Engine, generation: Generation, count: int) -> None:
         if live is not None and live._review is not None and sum(live._review.counts) >= count:
             return
         assert live is not None or not engine.stats().requests
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
 
 
 @pytest.fixture
