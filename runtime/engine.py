@@ -239,7 +239,8 @@ class Engine:
             seed: of the child, the parent's by default.
 
         Returns:
-            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt.
+            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt, but for
+            those of a document that is held back until it is valid: they are the child's output as well.
         """
         sampling = generation.request.sampling
         if seed is not None:

@@ -35,6 +35,8 @@ from agentkit.runtime.vocab import Vocabulary
 
 _CACHE = 512
 _LONGEST_MINIMUM = 8192
+#: Documents that are judged to find a short valid one.
+_TRIES = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,9 @@ class Grammar:
     def _valid(self) -> list[int] | None:
         """A short output whose judged values are valid, if a few tries find one."""
         review, matcher = self.review(), self.matcher()
-        while review is not None:
+        if review is None:
+            return None
+        for _ in range(_TRIES):
             rest = matcher.completion(_LONGEST_MINIMUM - len(matcher.ids))
             if rest is None or not all(map(matcher.advance, rest)):
                 return None
@@ -179,7 +183,7 @@ class _Tables:
 class Matcher:
     """State of one output. Not thread-safe, except that `fill` may run beside nothing else of the same matcher.
 
-    An end id is legal wherever the output may stop; after it nothing is. What is banned somewhere is not legal there, as
+    An end id is legal wherever the output may stop; after it nothing is. What is banned at a place is illegal there, as
     if the grammar excluded it.
     """
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jsonschema
 from jsonschema.validators import validator_for
+from referencing.exceptions import Unresolvable
 
 from agentkit.runtime.schema.front import Json
 
@@ -79,7 +80,8 @@ class Judge:
             value: Any = json.loads(document)
             errors = [leaf for error in self._validator.iter_errors(value) for leaf in _leaves(error)]
             found = [self._locate(document, value, error) for error in errors]
-        except (ValueError, ArithmeticError, RecursionError) as error:  # a number or a depth that Python does not take
+        except (ValueError, ArithmeticError, RecursionError, re.error, Unresolvable) as error:
+            # A number, a depth, a pattern that Python does not take, or a reference to nothing.
             return Fault("", "type", f"it cannot be judged: {error}", _whole(document))
         return min(found, key=lambda fault: (fault.span[1], -fault.span[0]), default=None)
 
