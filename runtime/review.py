@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from agentkit.runtime.vocab import Vocabulary
 
 #: How often a document is decoded again, in part, before it is given up: without getting further, and in all.
-ATTEMPTS, MOST_ATTEMPTS = 8, 32
+_ATTEMPTS, _MOST_ATTEMPTS = 8, 32
 #: After so many failures of the same value what stands before it is decoded otherwise.
 _PATIENCE = 3
 
@@ -111,10 +111,6 @@ class _Value:
             self._depth -= 1
             return self._depth == 0
         return False
-
-    def emptied(self) -> _Value:
-        """The same value before its first byte."""
-        return _Value(self.case, self.first, self.offset, self.before)
 
 
 class Review:
@@ -262,7 +258,7 @@ class Review:
             places.reverse()
         if start > self._furthest:
             self._attempts, self._furthest = 0, start
-        if self._attempts == ATTEMPTS or self._all_attempts == MOST_ATTEMPTS:
+        if self._attempts == _ATTEMPTS or self._all_attempts == _MOST_ATTEMPTS:
             return False
         for place in itertools.chain(*places):
             at, text, string = value.first + place, path.text(place), path.strings[place]

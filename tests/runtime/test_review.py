@@ -83,7 +83,7 @@ NOTE: Json = {
 }
 PICK: Json = {
     **NOTE,
-    "properties": {"to": {"oneOf": [{"type": "string", "pattern": p} for p in ("^[ab]{1,3}$", "^[^b]{1,4}$")]}},
+    "properties": {"to": {"oneOf": [{"type": "string", "pattern": p} for p in ("^.{1,3}$", "^[^b]{1,4}$")]}},
     "required": ["to"],
 }
 
@@ -135,7 +135,7 @@ class Schemas:
 
 
 async def run(engine: Engine, **fields: Any) -> Generation:
-    async with engine.generate(Request(engine.vocab.encode("hello"), **fields)) as generation:
+    async with engine.generate(Request(engine.vocab.encode("tell me"), **fields)) as generation:
         async for _ in generation:
             pass
     assert generation.finish is not None
@@ -156,13 +156,14 @@ def faults(schema: Json, document: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("text", "string"),
-    [(b'"re d", 7]', False), (b're d", ', True), (b' \n"", "a"', False), (b"17", False), ('é\\n"'.encode(), True)],
+    [(b'"red", 7]', False), (b're d", ', True), (b' \n"", "a"', False), (b"17", False), ('é\\n"'.encode(), True)],
 )
 def test_what_goes_along_with_a_text_is_every_token_that_may_lead_to_it(text: bytes, string: bool) -> None:
     vocab = open_checkpoint(smol_path()).vocabulary()
 
-    def plain(data: bytes) -> bytes:  # blanks outside of strings do not count; no token here has one inside of one
-        return data if string else data.replace(b"\n", b"").replace(b" ", b"") if data != b're d", ' else data
+    def plain(data: bytes) -> bytes:
+        """Without blanks outside of strings; no token that goes along with these texts has one inside of one."""
+        return data if string else bytes(byte for byte in data if byte not in b" \t\n\r")
 
     wanted = text if string else text.replace(b" \n", b"").replace(b", ", b",")
     control = set(vocab.control.values())
@@ -293,13 +294,12 @@ async def test_a_document_that_cannot_be_valid_ends_in_an_error_and_the_next_req
     assert len((await run(engine, grammar=judged(COLOURS), max_tokens=60)).ids) > 3
 
 
-@pytest.mark.parametrize("budget", [22, 24, 28, 40])
+@pytest.mark.parametrize("spare", [0, 1, 3, 20])
 async def test_within_any_budget_a_document_is_valid_and_its_budget_is_what_it_has_in_the_end(
-    engine: Engine, budget: int
+    engine: Engine, spare: int
 ) -> None:
     spec = judged(COLOURS, uniqueItems=True)
-    minimum = engine.compiler.submit(spec).result().minimum
-    assert engine.compiler.submit(judged(COLOURS)).result().minimum < minimum <= 22  # of three that are not the same
+    budget = engine.compiler.submit(spec).result().minimum + spare
     for seed in range(6):
         done = await run(engine, grammar=spec, max_tokens=budget, sampling=Sampling(temperature=2.0, seed=seed))
         assert faults(UNIQUE, text(engine, done)) == []
@@ -337,12 +337,12 @@ async def test_drafts_log_probabilities_and_stop_texts_are_those_of_what_is_kept
 
 async def _held(engine: Engine, generation: Generation, count: int) -> None:
     """Wait until so many ids are held back."""
-    while True:
-        live = engine._live.get(generation.rid)
-        if live is not None and live._review is not None and sum(live._review.counts) >= count:
-            return
-        assert live is not None or not engine.stats().requests
-        await anyio.lowlevel.checkpoint()
+    with anyio.fail_after(30):
+        while True:
+            live = engine._live.get(generation.rid)
+            if live is not None and live._review is not None and sum(live._review.counts) >= count:
+                return
+            await anyio.lowlevel.checkpoint()
 
 
 @pytest.fixture
@@ -360,7 +360,7 @@ def unhurried(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unhurried")
 async def test_a_fork_takes_what_is_held_back_along_and_goes_its_own_way(engine: Engine) -> None:
     spec = judged(COLOURS, uniqueItems=True)
-    prompt = engine.vocab.encode("hello")
+    prompt = engine.vocab.encode("tell me")
     for count in (2, 9, 16):
         async with engine.generate(Request(prompt, max_tokens=60, grammar=spec)) as parent:
             await _held(engine, parent, count)
@@ -381,19 +381,19 @@ async def test_preemption_hurry_and_abort_in_a_document_that_is_held_back(engine
     spec = judged(COLOURS, uniqueItems=True)
     whole = await run(engine, grammar=spec, max_tokens=60)
     for count in (3, 12):
-        async with engine.generate(Request(engine.vocab.encode("hello"), max_tokens=60, grammar=spec)) as generation:
+        async with engine.generate(Request(engine.vocab.encode("tell me"), max_tokens=60, grammar=spec)) as generation:
             await _held(engine, generation, count)
             engine.preempt(generation.rid)
             async for _ in generation:
                 pass
         assert generation.ids == whole.ids
-        async with engine.generate(Request(engine.vocab.encode("hello"), max_tokens=60, grammar=spec)) as generation:
+        async with engine.generate(Request(engine.vocab.encode("tell me"), max_tokens=60, grammar=spec)) as generation:
             await _held(engine, generation, count)
             engine.hasten(generation)
             async for _ in generation:
                 pass
         assert faults(UNIQUE, text(engine, generation)) == []
-        async with engine.generate(Request(engine.vocab.encode("hello"), max_tokens=60, grammar=spec)) as generation:
+        async with engine.generate(Request(engine.vocab.encode("tell me"), max_tokens=60, grammar=spec)) as generation:
             await _held(engine, generation, count)
         engine.check()
         assert generation.ids == []
