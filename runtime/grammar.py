@@ -137,7 +137,8 @@ class Grammar:
                 "No output satisfies this grammar, or only one that is too long. Look for limits that "
                 "contradict each other (required properties, patterns with lengths)."
             )
-        self.minimum = len(self._valid() or shortest)
+        # At least what a completion from the beginning takes: the search may find the valid one behind bans only.
+        self.minimum = max(len(shortest), len(self._valid() or ()))
 
     def matcher(self) -> Matcher:
         """State of a new output."""

@@ -474,14 +474,12 @@ class Scheduler:
         """Give up the KV of a running sequence behind its first ``n`` ids, and that of the page they end in if it is
         the tree's."""
         full, before = n // self.page_size, seq.node
-        node = before
         if seq.published > full and before is not None:
-            for _ in range(seq.published - full):
-                node = node.parent
-                assert node is not None
-            self.tree.lock(node)
+            below = before.path()[full]  # the first node that it goes back from
+            assert below.parent is not None
+            self.tree.lock(below.parent)
             self.tree.unlock(before)
-            seq.node, seq.published = node, full
+            seq.node, seq.published = below.parent, full
         shared = len(seq.pages) > full and seq.pages[full] not in seq.private
         seq.computed = full * self.page_size if shared else n
         self._shrink(seq, self._pages(seq.computed))

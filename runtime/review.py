@@ -82,7 +82,7 @@ class _Value:
     @property
     def scalar(self) -> bool:
         """Whether only what comes after it shows that it is complete."""
-        return self.text[:1] not in (b"{", b"[", b'"')
+        return self.text[0] not in b'{["'
 
     def extend(self, data: bytes) -> bytes | None:
         """Take more bytes; those behind the end of the value, None while it goes on."""
@@ -132,7 +132,7 @@ class Review:
         self._fault: Fault | None = None
         self._attempts = self._all_attempts = 0  # without getting further than `_furthest`, and in all
         self._furthest = -1  # the last byte of the judged value at which a failing value has begun
-        self._failures = Counter[int]()  # by the byte of the judged value at which a failing value begins
+        self._failures: Counter[int] = Counter()  # by the byte of the judged value at which a failing value begins
         self._held: list[tuple[int, Chunk]] = []  # with the index of the first id of each
 
     def fork(self) -> Review:
@@ -232,7 +232,8 @@ class Review:
         self._fault = self._value.case.judge.fault(self._value.text.decode("utf-8", "replace"))
         if self._fault is None:
             self._value, self._before = None, _Before(first=False)
-            self._attempts, self._all_attempts, self._furthest, self._failures = 0, 0, -1, Counter()
+            self._attempts, self._all_attempts, self._furthest = 0, 0, -1
+            self._failures.clear()
 
     # --- the way back
 
@@ -267,7 +268,7 @@ class Review:
                 self._all_attempts += 1
                 self._failures[start] += 1
                 reached = path.starts[place + 1]
-                self._failures = Counter({key: count for key, count in self._failures.items() if key < reached})
+                self._failures = Counter[int]({key: n for key, n in self._failures.items() if key < reached})
                 self._return(value, matcher.ids)
                 return True
         return False

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from agentkit.runtime.schema.front import inline
 from agentkit.runtime.schema.judge import Fault, Judge
 from agentkit.runtime.spelling import Spellings
 from agentkit.runtime.text import Detokenizer
+from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
 from agentkit.script import byte_vocabulary
 from agentkit.template import Tag, Tags
@@ -81,11 +82,8 @@ NOTE: Json = {
     "required": ["ok"],
     "additionalProperties": False,
 }
-PICK: Json = {
-    **NOTE,
-    "properties": {"to": {"oneOf": [{"type": "string", "pattern": p} for p in ("^.{1,3}$", "^[^b]{1,4}$")]}},
-    "required": ["to"],
-}
+WIDE: Json = {**NOTE, "properties": {"to": {"enum": ["a", "b", "c", "d"]}}, "required": ["to"]}
+PICK: Json = {**WIDE, "not": {"properties": {"to": {"enum": ["a", "c"]}}}}
 
 
 class Schemas:
@@ -154,12 +152,20 @@ def faults(schema: Json, document: str) -> list[str]:
 # --- what is excluded
 
 
+@pytest.fixture(scope="module")
+def spellings() -> tuple[Vocabulary, Spellings]:
+    vocab = open_checkpoint(smol_path()).vocabulary()
+    return vocab, Spellings(vocab)
+
+
 @pytest.mark.parametrize(
     ("text", "string"),
     [(b'"red", 7]', False), (b're d", ', True), (b' \n"", "a"', False), (b"17", False), ('é\\n"'.encode(), True)],
 )
-def test_what_goes_along_with_a_text_is_every_token_that_may_lead_to_it(text: bytes, string: bool) -> None:
-    vocab = open_checkpoint(smol_path()).vocabulary()
+def test_what_goes_along_with_a_text_is_every_token_that_may_lead_to_it(
+    text: bytes, string: bool, spellings: tuple[Vocabulary, Spellings]
+) -> None:
+    vocab, made = spellings
 
     def plain(data: bytes) -> bytes:
         """Without blanks outside of strings; no token that goes along with these texts has one inside of one."""
@@ -173,7 +179,7 @@ def test_what_goes_along_with_a_text_is_every_token_that_may_lead_to_it(text: by
         for form in {data, plain(data)}:
             if wanted.startswith(form) or form.startswith(wanted):
                 expected.add(token)
-    assert set(Spellings(vocab).along(text, string)) == expected
+    assert set(made.along(text, string)) == expected
 
 
 def test_what_is_banned_is_legal_in_no_mask_draft_or_completion_until_the_place_is_left() -> None:
@@ -261,14 +267,15 @@ async def test_calls_are_judged_where_they_stand_and_what_is_around_them_streams
     engine: Engine, heard: list[str]
 ) -> None:
     tags = Tags(Tag("<tool_call>", None), Tag("</tool_call>", None))
-    spec = turn_spec([Tool("pick", PICK), Tool("note", NOTE)], None, tags, choice="required")
+    spec = turn_spec([Tool("pick", WIDE), Tool("note", NOTE)], None, tags, choice="required")
     assert isinstance(spec, LarkSpec)
-    assert [value.header for value in spec.judged] == ['<tool_call>\n{"name": "pick", "arguments": ']
+    header = '<tool_call>\n{"name": "pick", "arguments": '
+    spec = replace(spec, judged=(Judged(json.dumps(PICK), header),))
     engine.compiler.submit(spec).result()
     picked = noted = retried = 0
-    for seed in range(12):
+    for seed in range(24):
         heard.clear()
-        done = await run(engine, grammar=spec, max_tokens=300, sampling=Sampling(temperature=1.5, seed=seed))
+        done = await run(engine, grammar=spec, max_tokens=300, sampling=Sampling(temperature=4.0, seed=seed))
         parser = TurnParser(tags)
         events = [e for p in Detokenizer(engine.vocab).feed_many(done.ids) for e in parser.feed(p)]
         for call in (event for event in events if isinstance(event, CallReady)):
@@ -278,7 +285,7 @@ async def test_calls_are_judged_where_they_stand_and_what_is_around_them_streams
         assert heard[0] == "chunk"
         assert heard.count("valid") == sum(isinstance(e, CallReady) and e.name == "pick" for e in events)
         retried += done.finish.usage.retried > 0
-    assert min(picked, noted, retried) > 3
+    assert min(picked, noted, retried) > 2
 
 
 async def test_a_document_that_cannot_be_valid_ends_in_an_error_and_the_next_request_works(engine: Engine) -> None:
@@ -425,6 +432,5 @@ async def test_random_schemas_at_a_high_temperature_give_valid_documents_or_an_e
     async with anyio.create_task_group() as tasks:
         for seed in range(200):
             tasks.start_soon(one, seed, gate)
-    print("\n".join(failed), retried, engine.stats())
     assert retried[0] > 50
-    assert len(failed) < 20
+    assert len(failed) < 20, "\n".join(failed)
