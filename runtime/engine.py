@@ -42,9 +42,9 @@ T = TypeVar("T")
 #: Up to this many decoding sequences have drafts: with more, a step has many rows as it is, and each costs.
 _FEW = 4
 
-#: What a step has brought a request: chunks, and the error that ends it, if one does. Neither where it has read a part
-#: of the prompt.
-Outcome = tuple[Live, list[Chunk], AgentError | None]
+#: What a step has brought a request: chunks its caller may see, None where it has read a part of the prompt; and the
+#: error that ends it, if one does.
+Outcome = tuple[Live, list[Chunk] | None, AgentError | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,8 @@ class Engine:
             seed: of the child, the parent's by default.
 
         Returns:
-            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt.
+            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt, but for
+            those of a document that is held back until it is valid: they are the child's output as well.
         """
         sampling = generation.request.sampling
         if seed is not None:
@@ -452,7 +453,7 @@ class Engine:
     def _readers(self, plan: Plan) -> list[Outcome]:
         """The requests whose prompts this step has not brought to their end."""
         rids = [entry.seq.rid for entry in plan.entries if not entry.sample]
-        return [(live, [], None) for rid in rids if (live := self._live.get(rid)) is not None]
+        return [(live, None, None) for rid in rids if (live := self._live.get(rid)) is not None]
 
     def _drafts(self) -> dict[int, list[int]]:
         """What may follow the sequences that decode, by rid."""
@@ -538,16 +539,20 @@ class Engine:
                 error = EngineError(f"sampling failed: {failure!r}")
         for chunk in chunks:
             self._scheduler.append(live.generation.rid, chunk.ids)
-        return live, chunks, error
+        return live, live.release(chunks), error
 
     def _hand_out(self, outcomes: list[Outcome]) -> None:
-        """End the requests whose outputs say so, and have the callers told."""
+        """End the requests whose outputs say so, take back what is to be decoded again, and have the callers told."""
         for live, _, error in outcomes:
+            rid = live.generation.rid
             if error is not None:
-                self._drop(live.generation.rid)
+                self._drop(rid)
             elif live.ended is not None:
-                self._forget(live.generation.rid)
-                self._scheduler.finish(live.generation.rid)
+                self._forget(rid)
+                self._scheduler.finish(rid)
+            elif live.rewound is not None:
+                self._scheduler.rewind(rid, live.rewound)
+                live.rewound = None
         self._news(outcomes)
 
     def _news(self, outcomes: list[Outcome]) -> None:
@@ -560,14 +565,14 @@ class Engine:
         """Tell the callers what they have not heard yet."""
         while self._untold:
             live, chunks, error = self._untold.popleft()
-            for chunk in chunks:
+            for chunk in chunks or ():
                 if chunk.ids:  # none where the budget ends with an output that is complete as it stands
                     live.generation.push(chunk)
             if error is not None:
                 live.generation.push(error)
             elif live.ended is not None:
                 live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
-            elif not chunks:
+            elif chunks is None:
                 live.report()
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
