@@ -32,6 +32,8 @@ EXPANSIONS = 2000
 #: Levels of nesting that a completion may open beyond those that are open. A schema that asks for more asks for endless
 #: ones: each level costs the matcher more than the one above it.
 _NESTED = 64
+#: States that wait to be gone on from, the best ones. Each holds a matcher, which grows with what it has taken.
+_WAITING = 256
 
 # One token's worth of JSON without content: an end, a separator and a beginning or one of the shortest values.
 _PUNCTUATION = re.compile(rb' ?"?[}\]]{0,4}\n?[,:]? ?(?:""|\[\]|{}|[\[{]{0,2}"?|null|true|false|[0-9])?', re.DOTALL)
@@ -259,6 +261,8 @@ class Search:
         for turn in range(EXPANSIONS + deep * limit):
             if not heap:
                 return None
+            if len(heap) > 2 * _WAITING:
+                heap = heapq.nsmallest(_WAITING, heap)  # sorted, which is a heap
             node = heapq.heappop(heap)[1]
             if node.matcher.can_stop():
                 return node.path

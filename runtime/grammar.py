@@ -36,6 +36,7 @@ from agentkit.runtime.vocab import Vocabulary
 
 _CACHE = 512
 _LONGEST_MINIMUM = 8192
+_ROOM = 64  # ids that a valid output may have beyond four times as many as the shortest one
 #: Documents that are judged to find a short valid one.
 _TRIES = 9
 
@@ -139,7 +140,7 @@ class Grammar:
                 "contradict each other (required properties, patterns with lengths)."
             )
         # At least what a completion from the beginning takes: the search may find the valid one behind bans only.
-        self.minimum = max(len(shortest), len(self._valid() or ()))
+        self.minimum = max(len(shortest), len(self._valid(4 * len(shortest) + _ROOM) or ()))
 
     def matcher(self) -> Matcher:
         """State of a new output."""
@@ -149,18 +150,18 @@ class Grammar:
         """The judge of a new output; None where the grammar alone makes it valid."""
         return self._reviewing() if self._reviewing is not None else None
 
-    def _valid(self) -> list[int] | None:
-        """A short output whose judged values are valid, if a few tries find one."""
+    def _valid(self, limit: int) -> list[int] | None:
+        """An output of at most `limit` ids whose judged values are valid, if a few tries find one."""
         review, matcher = self.review(), self.matcher()
         if review is None:
             return None
         for _ in range(_TRIES):
-            rest = matcher.completion(_LONGEST_MINIMUM - len(matcher.ids))
+            rest = matcher.completion(limit - len(matcher.ids))
             if rest is None or not all(map(matcher.advance, rest)):
                 return None
             if review.hear(rest, ended=True):
                 return list(matcher.ids)
-            if not review.back(matcher, _LONGEST_MINIMUM, 0):
+            if not review.back(matcher, limit, 0):
                 return None
         return None
 
