@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -24,12 +24,11 @@ from agentkit.runtime.request import Sampling
 from agentkit.template import ChatTemplate, Message, System, User
 from agentkit.tool import Tool, ToolError, toolset
 from agentkit.transcript import Transcript
-from agentkit.turn import Choice
+from agentkit.turn import Choice, Turns
 
 if TYPE_CHECKING:
     from agentkit.output import Constraint
     from agentkit.runtime.engine import Engine
-    from agentkit.runtime.grammar import GrammarSpec
 
 Out = TypeVar("Out")
 AgentEvent = LoopEvent | Finished[Any]
@@ -41,7 +40,13 @@ class LoadedModel:
 
     engine: Engine
     template: ChatTemplate
-    specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
+    turns: Turns
+
+    @classmethod
+    def of(cls, engine: Engine) -> LoadedModel:
+        """All that an agent needs of an engine."""
+        template = ChatTemplate(engine.vocab)
+        return cls(engine, template, Turns(template.tool_format.tags))
 
 
 #: Set by `agentkit.script`: the model every agent uses inside that block.
@@ -61,7 +66,7 @@ class _Lazy:
                 from agentkit.loading import load
 
                 engine = load(model) if model is None or isinstance(model, str | Path) else model
-                self.loaded = LoadedModel(engine, ChatTemplate(engine.vocab))
+                self.loaded = LoadedModel.of(engine)
             return self.loaded
 
 
@@ -332,6 +337,7 @@ class Run(Generic[Out]):
             raise ToolError(f"tool_choice names {unknown[0]!r}; the tools are {', '.join(tools) or 'none'}")
         job = Job(
             engine=loaded.engine,
+            turns=loaded.turns,
             tools=tools,
             constraint=_constraint(self._agent.output),
             limits=self._limits,
@@ -340,7 +346,6 @@ class Run(Generic[Out]):
             choices=self._choices,
             parallel=self._parallel,
             deps=self._deps,
-            specs=loaded.specs,
         )
         messages = _messages(self._agent, transcript, self._task)
         self._running = Loop(job, transcript, self._send.send_nowait)

@@ -7,13 +7,12 @@ does not depend on how long the conversation is: ids are appended, the prefix is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from agentkit.fields import FieldDelta, FieldReady, FieldStarted
 from agentkit.limits import LimitName, Limits, Meter
@@ -23,14 +22,14 @@ from agentkit.result import CallRecord, RunResult, Session, Stop
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
-from agentkit.runtime.grammar import GrammarSpec, JsonSpec
+from agentkit.runtime.grammar import JsonSpec
 from agentkit.runtime.pins import Pin
 from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
 from agentkit.tool import RunContext, Tool
 from agentkit.transcript import Transcript
-from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, turn_spec
+from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, Turns
 
 Out = TypeVar("Out")
 _CHOICES = ("auto", "required", "none")
@@ -96,6 +95,7 @@ class Job(Generic[Out]):
 
     Attributes:
         engine: the model.
+        turns: the grammars of its turns, kept from run to run.
         tools: by name, in the order the model was shown them.
         constraint: of a typed output; None for text.
         limits: how long it may take.
@@ -104,10 +104,10 @@ class Job(Generic[Out]):
         choices: what the first turns must do, one after the other; later ones are free.
         parallel: whether a turn may hold several calls.
         deps: handed to tools that take a `RunContext`.
-        specs: grammars of turns made so far, kept from run to run of one agent.
     """
 
     engine: Engine
+    turns: Turns
     tools: Mapping[str, Tool[..., Any]]
     constraint: Constraint[Out] | None
     limits: Limits
@@ -116,7 +116,6 @@ class Job(Generic[Out]):
     choices: tuple[Choice, ...] = ()
     parallel: bool = True
     deps: object = None
-    specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
 
 
 @dataclass(slots=True)
@@ -221,25 +220,14 @@ class Loop(Generic[Out]):
         choice: Choice = self.job.choices[step] if step < len(self.job.choices) else "auto"
         if reached or not allowed or (choice not in _CHOICES and choice not in allowed):
             choice = "none" if reached or not allowed else "auto"
-        spec = await self._spec(choice, allowed)
+        final = None if self.job.constraint is None else self.job.constraint.spec
+        spec = await self.job.turns.spec(tuple(self.job.tools.values()), final, choice, allowed, self.job.parallel)
         return Request(
             ids=self.transcript.ids,
             max_tokens=self.meter.turn_tokens(reached is not None),
             grammar=spec,
             sampling=self.job.sampling,
         )
-
-    async def _spec(self, choice: Choice, allowed: frozenset[str]) -> GrammarSpec | None:
-        """The grammar of a turn. Checking schemas takes milliseconds: off the event loop, and once."""
-        job = self.job
-        tags = self.transcript.template.tool_format.tags
-        final = None if job.constraint is None else job.constraint.spec
-        tools = tuple(job.tools.values())
-        key = (tools, final, choice, allowed, job.parallel)
-        if key not in job.specs:
-            build = partial(turn_spec, tools, final, tags, choice=choice, allowed=allowed, parallel=job.parallel)
-            job.specs[key] = await anyio.to_thread.run_sync(build)
-        return job.specs[key]
 
     # decode
 

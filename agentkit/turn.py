@@ -8,10 +8,13 @@ alone: the tools stay in the prompt as they are, and with them the pages of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache, partial
 from typing import Any, Literal
+
+import anyio.to_thread
 
 from agentkit.fields import Document, FieldEvent
 from agentkit.runtime.closing import Hints
@@ -23,7 +26,7 @@ from agentkit.runtime.grammar import (
     LarkSpec,
     RegexSpec,
 )
-from agentkit.runtime.schema.front import examples, inline
+from agentkit.runtime.schema.front import Front, Style, examples, inline
 from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.text import Piece
 from agentkit.template import Signature, Tag, Tags
@@ -33,6 +36,8 @@ Choice = Literal["auto", "required", "none"] | str
 
 #: Most calls in one turn, so that none goes on for ever.
 MAX_CALLS = 32
+#: Grammars of turns, and parts of them, that are remembered.
+_TURNS, _PARTS = 256, 1024
 
 _HEADER, _MIDDLE = '\n{"name": "', '", "arguments": '
 #: Text before a call cannot begin like a JSON document, so that the first character tells the two apart.
@@ -94,6 +99,7 @@ def turn_spec(
     choice: Choice = "auto",
     allowed: frozenset[str] | None = None,
     parallel: bool = True,
+    read: Callable[[str, Style], Front] = inline,
 ) -> GrammarSpec | None:
     """The grammar of one turn.
 
@@ -104,6 +110,7 @@ def turn_spec(
         choice: what the turn must do.
         allowed: names that may be called now; None for all.
         parallel: whether a turn may hold several calls.
+        read: `inline`, or one that remembers.
 
     Returns:
         None where nothing is constrained: text without tools.
@@ -121,9 +128,9 @@ def turn_spec(
     if isinstance(final, JsonSpec):
         schemas.append(final.schema)
     reports: _Reports = []
-    rules = _call_rules(usable, tags, parallel, reports)
+    rules = _call_rules(usable, tags, parallel, reports, read)
     if choice == "auto":
-        rules += _final_rules(final, reports)
+        rules += _final_rules(final, reports, read)
     return LarkSpec(
         "\n".join([_start(choice, final, tags), *rules]),
         control=frozenset(t for t in (tags.open.token, tags.close.token) if t is not None),
@@ -137,6 +144,41 @@ def turn_spec(
         ),
         reports=tuple(reports),
     )
+
+
+class Turns:
+    """The grammars of one model's turns, each made once, and of each tool and output its own part.
+
+    What a turn may do changes from turn to turn, the tools do not: a grammar for fewer of them is put together from
+    parts that are there.
+
+    Args:
+        tags: around a call.
+    """
+
+    def __init__(self, tags: Tags) -> None:
+        self._tags = tags
+        self._read = lru_cache(_PARTS)(inline)
+        self._made: dict[Hashable, GrammarSpec | None] = {}
+
+    async def spec(
+        self,
+        tools: Sequence[Signature],
+        final: GrammarSpec | None,
+        choice: Choice,
+        allowed: frozenset[str],
+        parallel: bool,
+    ) -> GrammarSpec | None:
+        """As `turn_spec`, whose arguments these are. Checking schemas takes milliseconds: off the event loop."""
+        key = (tuple(tools), final, choice, allowed, parallel)
+        if key not in self._made:
+            options: dict[str, Any] = {"choice": choice, "allowed": allowed, "parallel": parallel, "read": self._read}
+            spec = await anyio.to_thread.run_sync(partial(turn_spec, tools, final, self._tags, **options))
+            self._made[key] = spec
+            if len(self._made) > _TURNS:
+                self._made.pop(next(iter(self._made)), None)
+            return spec
+        return self._made[key]
 
 
 def _plain(tags: Tags) -> LarkSpec:
@@ -165,7 +207,9 @@ def _text(tags: Tags) -> str:
     return r"TEXT: /([^<\s](?s:.)*)?/ & ~/(?s:.)*<\/?tool_(?s:.)*/"
 
 
-def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports: _Reports) -> list[str]:
+def _call_rules(
+    tools: Sequence[Signature], tags: Tags, parallel: bool, reports: _Reports, read: Callable[[str, Style], Front]
+) -> list[str]:
     """The calls of a turn, each after its opening tag, byte for byte as chat templates write them."""
     # A line break is what an untrained model writes after anything: the tag of ordinary text follows without one, so
     # that one more call is a choice of its own, beside the end of the turn.
@@ -176,7 +220,7 @@ def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports:
     rules = [f"calls: call{again}", f'call: "\\n{{\\"name\\": \\"" ({" | ".join(names)}) "}}" {close}']
     for name, tool in zip(names, tools, strict=True):
         try:
-            front = inline(json.dumps(tool.schema), "call")
+            front = read(json.dumps(tool.schema), "call")
         except SchemaError as error:
             raise SchemaError(f"The arguments of the tool {tool.name}: {error}", error.pointer) from None
         reports.append((f"tool {tool.name}", front.report))
@@ -184,12 +228,12 @@ def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports:
     return rules
 
 
-def _final_rules(final: GrammarSpec | None, reports: _Reports) -> list[str]:
+def _final_rules(final: GrammarSpec | None, reports: _Reports, read: Callable[[str, Style], Front]) -> list[str]:
     match final:
         case None:
             return []
         case JsonSpec(text, style):
-            front = inline(text, style)
+            front = read(text, style)
             reports.append(("output", front.report))
             return [f"final: %json {json.dumps(front.schema)}"]
         case RegexSpec(pattern):

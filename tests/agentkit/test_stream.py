@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from pydantic import BaseModel
 
@@ -76,11 +78,14 @@ BILL = Bill(company='Bäckerei "Lind"', lines=[Line(name="Bread", price=4.5)], t
 @asynccontextmanager
 async def step_by_step(engine: Engine) -> AsyncIterator[None]:
     """Let no step of the engine begin before whoever watches has seen what came of the last one."""
-    step, loop, free = engine.runner.step, anyio.lowlevel.current_token(), False
+    step, loop, free, going = engine.runner.step, anyio.lowlevel.current_token(), False, threading.Event()
+    going.set()
 
     def after_all_have_read(plan: Plan) -> Output:
+        going.clear()
         if not free:
             anyio.from_thread.run(anyio.wait_all_tasks_blocked, token=loop)
+        going.set()
         return step(plan)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -88,8 +93,8 @@ async def step_by_step(engine: Engine) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            free = True
-            await anyio.wait_all_tasks_blocked()  # the engine's thread may still wait for this loop
+            free = True  # the engine's thread may wait for this loop, which must not wait for the engine meanwhile
+            await anyio.to_thread.run_sync(going.wait)
 
 
 async def watch(run: Run[Any], act: Callable[[Any], object] = lambda event: None) -> list[Any]:
