@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from agentkit.decision import Decision as Decision
     from agentkit.extraction import Extracted as Extracted
     from agentkit.extraction import extract as extract
+    from agentkit.fields import FieldDelta as FieldDelta
+    from agentkit.fields import FieldReady as FieldReady
+    from agentkit.fields import FieldStarted as FieldStarted
     from agentkit.limits import Limits as Limits
     from agentkit.loading import load as load
     from agentkit.loop import Finished as Finished
@@ -63,6 +66,7 @@ _HOMES = {
     "agent": ["Agent", "Run"],
     "decision": ["Decision"],
     "extraction": ["Extracted", "extract"],
+    "fields": ["FieldDelta", "FieldReady", "FieldStarted"],
     "limits": ["Limits"],
     "loading": ["load"],
     "loop": ["Finished", "PrefillProgress", "ToolFinished", "TurnFinished"],

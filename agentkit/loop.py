@@ -7,28 +7,29 @@ does not depend on how long the conversation is: ids are appended, the prefix is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import anyio
-import anyio.to_thread
 
+from agentkit.fields import FieldDelta, FieldReady, FieldStarted
 from agentkit.limits import LimitName, Limits, Meter
 from agentkit.output import Constraint, OutputError
+from agentkit.partial import Draft
 from agentkit.result import CallRecord, RunResult, Session, Stop
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError, DocumentError
 from agentkit.runtime.generation import Generation
-from agentkit.runtime.grammar import GrammarSpec
+from agentkit.runtime.grammar import JsonSpec
 from agentkit.runtime.pins import Pin
 from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
 from agentkit.tool import RunContext, Tool
 from agentkit.transcript import Transcript
-from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, turn_spec
+from agentkit.turn import CallReady, Choice, Event, OutputDelta, TextDelta, TurnParser, Turns
 
 Out = TypeVar("Out")
 _CHOICES = ("auto", "required", "none")
@@ -94,23 +95,27 @@ class Job(Generic[Out]):
 
     Attributes:
         engine: the model.
+        turns: the grammars of its turns, kept from run to run.
         tools: by name, in the order the model was shown them.
         constraint: of a typed output; None for text.
         limits: how long it may take.
         sampling: how tokens are chosen.
+        output: the type that it is of.
         choices: what the first turns must do, one after the other; later ones are free.
+        parallel: whether a turn may hold several calls.
         deps: handed to tools that take a `RunContext`.
-        specs: grammars of turns made so far, kept from run to run of one agent.
     """
 
     engine: Engine
+    turns: Turns
     tools: Mapping[str, Tool[..., Any]]
     constraint: Constraint[Out] | None
     limits: Limits
     sampling: Sampling
+    output: Any = str
     choices: tuple[Choice, ...] = ()
+    parallel: bool = True
     deps: object = None
-    specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
 
 
 @dataclass(slots=True)
@@ -125,6 +130,7 @@ class _Turn:
     sound: int = 0  # ids of what it says and of its complete calls
     rejected: DocumentError | None = None  # it ended in a document that fails its schema
     unfinished: bool = False  # its budget ended before it came to a call or an answer
+    stopped: bool = False  # the caller had enough before it came to its end
 
 
 LoopEvent = Event | PrefillProgress | ToolFinished | TurnFinished
@@ -145,6 +151,10 @@ class Loop(Generic[Out]):
         self.usage = Usage()
         self.records: list[CallRecord] = []
         self._pin: Pin | None = None  # of a turn with calls, until the next turn has found its pages
+        self._turn_text: list[str] = []
+        self._draft = Draft(job.output) if job.constraint and isinstance(job.constraint.spec, JsonSpec) else None
+        self._stopped = False
+        self._scope: anyio.CancelScope | None = None  # of what a stop cuts short
 
     async def run(self, messages: Sequence[Message]) -> RunResult[Out]:
         """Append the messages and take turns until the model answers."""
@@ -153,13 +163,28 @@ class Loop(Generic[Out]):
         finally:
             self._unpin()
 
+    def stop(self) -> None:
+        """End the run as soon as what has been decoded can be left as it is."""
+        self._stopped = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def so_far(self) -> Any:
+        """The output as far as it has been decoded: a text, or a value of the output type that has not been validated.
+
+        None where nothing of it has, or the output type has no parts that could be told.
+        """
+        if self.job.constraint is None:
+            return "".join(self._turn_text)
+        return None if self._draft is None else self._draft.value()
+
     async def _run(self, messages: Sequence[Message]) -> RunResult[Out]:
         self.transcript.append(*messages)
         retried = False
-        while True:
+        while not self._stopped:
             reached = self.meter.reached
             turn = await self._turn(reached)
-            if reached is None and turn.unfinished:
+            if reached is None and turn.unfinished and not self._stopped:
                 reached = self.meter.scarcest or "tokens"  # what is left holds no call, but it may hold an answer
                 turn = await self._turn(reached)
             text = "".join(turn.text)
@@ -171,17 +196,20 @@ class Loop(Generic[Out]):
                 self.transcript.append(*self._results(turn))
             if turn.calls and turn.rejected is None:
                 continue
+            if turn.stopped:
+                break
             cut = turn.finish is not None and turn.finish.reason == "length"
             stop: Stop = reached or ("length" if cut else "answer")
             try:
                 if turn.rejected is not None:
                     raise OutputError(str(turn.rejected)) from turn.rejected
-                return self._result(text, stop)
+                return self._result(text if self.job.constraint is None else self.job.constraint.parse(text), stop)
             except OutputError as error:
                 if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
                     raise
                 retried = True
                 self.transcript.append(User(f"This answer is not accepted: {error}. Answer again."))
+        return self._result(self.so_far(), "stopped")
 
     # prepare
 
@@ -197,7 +225,8 @@ class Loop(Generic[Out]):
         choice: Choice = self.job.choices[step] if step < len(self.job.choices) else "auto"
         if reached or not allowed or (choice not in _CHOICES and choice not in allowed):
             choice = "none" if reached or not allowed else "auto"
-        spec = await self._spec(choice, allowed)
+        final = None if self.job.constraint is None else self.job.constraint.spec
+        spec = await self.job.turns.spec(tuple(self.job.tools.values()), final, choice, allowed, self.job.parallel)
         return Request(
             ids=self.transcript.ids,
             max_tokens=self.meter.turn_tokens(reached is not None),
@@ -205,21 +234,11 @@ class Loop(Generic[Out]):
             sampling=self.job.sampling,
         )
 
-    async def _spec(self, choice: Choice, allowed: frozenset[str]) -> GrammarSpec | None:
-        """The grammar of a turn. Checking schemas takes milliseconds: off the event loop, and once."""
-        job = self.job
-        tags = self.transcript.template.tool_format.tags
-        final = None if job.constraint is None else job.constraint.spec
-        key = (tuple(job.tools.values()), final, choice, allowed)
-        if key not in job.specs:
-            build = partial(turn_spec, list(job.tools.values()), final, tags, choice=choice, allowed=allowed)
-            job.specs[key] = await anyio.to_thread.run_sync(build)
-        return job.specs[key]
-
     # decode
 
     async def _turn(self, reached: LimitName | None) -> _Turn:
         turn = _Turn()
+        self._turn_text = turn.text
         request = await self._request(reached)
         failure: AgentError | None = None
         async with anyio.create_task_group() as tools:
@@ -239,8 +258,15 @@ class Loop(Generic[Out]):
                 )
                 failure = None if turn.unfinished else error
                 tools.cancel_scope.cancel()
+            self._scope = tools.cancel_scope
+            if self._stopped:
+                self._scope.cancel()
+        self._scope = None
         if failure is not None:
             raise failure
+        for index in range(len(turn.calls) if self._stopped else 0):
+            if index not in turn.records:
+                self._record(turn, index, "Error: the run was stopped before this tool had ended", failed=True)
         return turn
 
     async def _read(
@@ -257,6 +283,8 @@ class Loop(Generic[Out]):
                 if isinstance(chunk, Progress):
                     self.emit(PrefillProgress(self.meter.step, chunk.done, chunk.total, chunk.recomputed))
                     continue
+                if chunk.closing and self._stopped and not parser.in_call:
+                    continue  # what is open may stay so, but a call in the log is a whole one
                 if chunk.closing and final is not None and parser.in_text:
                     turn.unfinished = True  # the way out of text is a call that the model has not chosen
                     continue
@@ -267,17 +295,24 @@ class Loop(Generic[Out]):
                 if parser.between:
                     turn.sound = len(turn.ids)
 
-        with anyio.move_on_after(seconds) as scope:
+        with anyio.move_on_after(seconds) as self._scope:
+            if self._stopped:
+                self._scope.cancel()
             await read()
-        if scope.cancelled_caught:
+        if self._scope.cancelled_caught:
+            if self._stopped and not generation.ids:  # it may still be waiting, or reading its prompt
+                turn.stopped = True
+                return
             self.job.engine.hasten(generation)
             await read()
-        for piece in detokenizer.flush():
-            self._take(turn, parser.feed(piece), partial(start, self._act))
-        self._take(turn, parser.end(), partial(start, self._act))
         assert generation.finish is not None
         turn.finish = generation.finish
         turn.unfinished |= not turn.ids
+        turn.stopped = self._stopped and turn.finish.reason == "length"
+        if not turn.stopped:  # else the last character, number or tag may be half of one
+            for piece in detokenizer.flush():
+                self._take(turn, parser.feed(piece), partial(start, self._act))
+            self._take(turn, parser.end(), partial(start, self._act))
         self._account(turn.finish.usage, len(generation.ids))
 
     def _account(self, usage: Usage, tokens: int) -> None:
@@ -289,7 +324,7 @@ class Loop(Generic[Out]):
         """A turn has ended in a document that was held back: as an answer the model may read it, as a call it is left
         out, since a call that nobody answers is none that a template could write."""
         self._account(error.usage, len(turn.ids) + len(error.ids))
-        turn.rejected = error
+        turn.rejected, turn.stopped = error, self._stopped
         if error.whole:
             turn.ids += error.ids
             turn.text.append(
@@ -301,7 +336,10 @@ class Loop(Generic[Out]):
     def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., object]) -> None:
         for event in events:
             self.emit(event)
-            if isinstance(event, TextDelta | OutputDelta):
+            if isinstance(event, FieldStarted | FieldDelta | FieldReady):
+                if event.call is None and self._draft is not None:
+                    self._draft.take(event)
+            elif isinstance(event, TextDelta | OutputDelta):
                 turn.text.append(event.text)
             elif isinstance(event, CallReady):
                 turn.calls.append(Call(event.name, event.arguments))
@@ -325,16 +363,19 @@ class Loop(Generic[Out]):
             text = f"Error: {str(error) or 'the time of the run is up'}"
         except Exception as error:
             text = f"Error: {type(error).__name__}: {error}"
-        record = CallRecord(call.name, call.arguments, text, failed, time.monotonic() - began)
-        turn.records[call.index] = record
-        self.emit(ToolFinished(call.index, record))
+        self._record(turn, call.index, text, failed, time.monotonic() - began)
 
     async def _refuse(self, turn: _Turn, call: CallReady) -> None:
-        """A call whose arguments were cut short by the budget is not made: half a file name is another file."""
+        """A call whose arguments were cut short is not made: half a file name is another file."""
         text = "Error: this call was cut at the token limit and has not been made. Make it again with less in it."
-        record = CallRecord(call.name, call.arguments, text, True, 0.0)
-        turn.records[call.index] = record
-        self.emit(ToolFinished(call.index, record))
+        if self._stopped:
+            text = "Error: this call was cut when the run was stopped and has not been made."
+        self._record(turn, call.index, text, failed=True)
+
+    def _record(self, turn: _Turn, index: int, result: str, failed: bool, seconds: float = 0.0) -> None:
+        call = turn.calls[index]
+        turn.records[index] = CallRecord(call.name, call.arguments, result, failed, seconds)
+        self.emit(ToolFinished(index, turn.records[index]))
 
     def _unpin(self) -> None:
         if self._pin is not None:
@@ -378,10 +419,9 @@ class Loop(Generic[Out]):
         note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
         return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
 
-    def _result(self, text: str, stop: Stop) -> RunResult[Any]:
-        constraint = self.job.constraint
+    def _result(self, output: Any, stop: Stop) -> RunResult[Any]:
         return RunResult(
-            output=text if constraint is None else constraint.parse(text),
+            output=output,
             stop=stop,
             usage=self.usage,
             calls=tuple(self.records),

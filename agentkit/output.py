@@ -106,7 +106,7 @@ def _document(schema: Json, adapter: TypeAdapter[Any] | None) -> Constraint[Any]
     def parse(document: str) -> Any:
         validator = validator_for(schema)
         try:
-            value = json.loads(document, object_pairs_hook=_unique)
+            value = json.loads(document)
         except ValueError as error:
             raise OutputError(f"it is not one JSON document ({error})") from None
         faults = list(validator(schema, format_checker=validator.FORMAT_CHECKER).iter_errors(value))
@@ -121,10 +121,3 @@ def _document(schema: Json, adapter: TypeAdapter[Any] | None) -> Constraint[Any]
             raise OutputError("; ".join(lines)) from error
 
     return Constraint(spec, parse, schema)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return members

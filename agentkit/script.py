@@ -30,6 +30,7 @@ from agentkit.runtime.score import Continuations
 from agentkit.runtime.sequence import Entry, Plan
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.template import ChatTemplate, Tag, Tags
+from agentkit.turn import Turns
 
 _CONTROL = [
     "<|im_start|>",
@@ -102,7 +103,7 @@ def scripted(*turns: ScriptedTurn | ScriptedCall, vocab: Vocabulary | None = Non
     template = ChatTemplate(vocab)
     script = deque(t if isinstance(t, ScriptedTurn) else ScriptedTurn(calls=(t,)) for t in turns)
     with _ScriptedEngine(vocab, script, template.tool_format.tags) as engine:
-        token = override.set(LoadedModel(engine, template))
+        token = override.set(LoadedModel(engine, template, Turns(template.tool_format.tags)))
         try:
             yield engine
         finally:
@@ -165,6 +166,11 @@ class _ScriptedEngine(Engine):
         self.runner.lines[generation.rid] = line, len(request.ids)
         return _Checked(self, generation.rid, request, line)
 
+    def hasten(self, generation: Generation) -> None:
+        super().hasten(generation)
+        if isinstance(generation, _Checked):
+            generation.checked = False  # a script does not say when it is cut short
+
     async def continuations(
         self, ids: Sequence[int], options: Sequence[Sequence[int]], *, namespace: str = ""
     ) -> Continuations:
@@ -206,22 +212,39 @@ class _ScriptedEngine(Engine):
 
 
 class _Checked(Generation):
-    """A generation that must keep to its line."""
+    """A generation that must keep to its line.
+
+    Attributes:
+        checked: whether it still must.
+    """
 
     def __init__(self, engine: Engine, rid: int, request: Request, line: list[int]) -> None:
         super().__init__(engine, rid, request)
+        self.checked = True
         self._line, self._vocab = line, engine.vocab
 
     async def __anext__(self) -> Chunk:
-        chunk = await super().__anext__()
-        if self.ids != self._line[: len(self.ids)]:
-            kept = next(i for i, t in enumerate(self.ids) if self._line[i : i + 1] != [t])
-            before = self._vocab.decode(self._line[:kept])
-            raise ScriptError(
-                f"after {before!r} the script goes on with {self._vocab.decode(self._line[kept:])!r}, which the "
-                f"grammar of this turn does not allow; it gave {self._vocab.decode(self.ids[kept:])!r}"
-            )
+        try:
+            chunk = await super().__anext__()
+        except StopAsyncIteration:
+            if self.finish is not None and self.finish.reason == "stop":
+                self._require(len(self.ids) >= len(self._line) - 1)  # the end token need not be written
+            raise
+        self._require(self.ids == self._line[: len(self.ids)])
         return chunk
+
+    def _require(self, kept: bool) -> None:
+        if kept or not self.checked:
+            return
+        ids, line = self.ids, self._line
+        same = next(
+            (i for i, (t, wanted) in enumerate(zip(ids, line, strict=False)) if t != wanted), min(len(ids), len(line))
+        )
+        instead = f"gave {self._vocab.decode(ids[same:])!r}" if same < len(ids) else "ended there"
+        raise ScriptError(
+            f"after {self._vocab.decode(line[:same])!r} the script goes on with {self._vocab.decode(line[same:])!r}, "
+            f"which the grammar of this turn does not allow; it {instead}"
+        )
 
 
 def byte_vocabulary() -> Vocabulary:

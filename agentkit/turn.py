@@ -8,11 +8,15 @@ alone: the tools stay in the prompt as they are, and with them the pages of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache, partial
 from typing import Any, Literal
 
+import anyio.to_thread
+
+from agentkit.fields import Document, FieldEvent
 from agentkit.runtime.closing import Hints
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.grammar import (
@@ -23,7 +27,7 @@ from agentkit.runtime.grammar import (
     LarkSpec,
     RegexSpec,
 )
-from agentkit.runtime.schema.front import examples, inline
+from agentkit.runtime.schema.front import Front, Style, examples, inline
 from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.text import Piece
 from agentkit.template import Signature, Tag, Tags
@@ -33,6 +37,8 @@ Choice = Literal["auto", "required", "none"] | str
 
 #: Most calls in one turn, so that none goes on for ever.
 MAX_CALLS = 32
+#: Grammars of turns, and parts of them, that are remembered.
+_TURNS, _PARTS = 256, 1024
 
 _HEADER, _MIDDLE = '\n{"name": "', '", "arguments": '
 #: Text before a call cannot begin like a JSON document, so that the first character tells the two apart.
@@ -83,7 +89,7 @@ class CallReady:
 
 
 _Reports = list[tuple[str, SchemaReport]]
-Event = TextDelta | OutputDelta | CallStarted | ArgumentDelta | CallReady
+Event = TextDelta | OutputDelta | CallStarted | ArgumentDelta | CallReady | FieldEvent
 
 
 def turn_spec(
@@ -94,6 +100,7 @@ def turn_spec(
     choice: Choice = "auto",
     allowed: frozenset[str] | None = None,
     parallel: bool = True,
+    read: Callable[[str, Style], Front] = inline,
 ) -> GrammarSpec | None:
     """The grammar of one turn.
 
@@ -104,6 +111,7 @@ def turn_spec(
         choice: what the turn must do.
         allowed: names that may be called now; None for all.
         parallel: whether a turn may hold several calls.
+        read: `inline`, or one that remembers.
 
     Returns:
         None where nothing is constrained: text without tools.
@@ -121,9 +129,9 @@ def turn_spec(
     if isinstance(final, JsonSpec):
         schemas.append(final.schema)
     reports: _Reports = []
-    rules = _call_rules(usable, tags, parallel, reports)
+    rules = _call_rules(usable, tags, parallel, reports, read)
     if choice == "auto":
-        rules += _final_rules(final, reports)
+        rules += _final_rules(final, reports, read)
     verified = {name for name, report in reports if report.status == "verified"}
     judged = [Judged(json.dumps(t.schema), *_header(t.name, tags)) for t in usable if f"tool {t.name}" in verified]
     if isinstance(final, JsonSpec) and "output" in verified:
@@ -147,6 +155,41 @@ def turn_spec(
 def _header(name: str, tags: Tags) -> tuple[str, int | None]:
     """What stands before the arguments of a call, and the control token before that."""
     return ("" if tags.open.token is not None else tags.open.text) + _HEADER + name + _MIDDLE, tags.open.token
+
+
+class Turns:
+    """The grammars of one model's turns, each made once, and of each tool and output its own part.
+
+    What a turn may do changes from turn to turn, the tools do not: a grammar for fewer of them is put together from
+    parts that are there.
+
+    Args:
+        tags: around a call.
+    """
+
+    def __init__(self, tags: Tags) -> None:
+        self._tags = tags
+        self._read = lru_cache(_PARTS)(inline)
+        self._made: dict[Hashable, GrammarSpec | None] = {}
+
+    async def spec(
+        self,
+        tools: Sequence[Signature],
+        final: GrammarSpec | None,
+        choice: Choice,
+        allowed: frozenset[str],
+        parallel: bool,
+    ) -> GrammarSpec | None:
+        """As `turn_spec`, whose arguments these are. Checking schemas takes milliseconds: off the event loop."""
+        key = (tuple(tools), final, choice, allowed, parallel)
+        if key not in self._made:
+            options: dict[str, Any] = {"choice": choice, "allowed": allowed, "parallel": parallel, "read": self._read}
+            spec = await anyio.to_thread.run_sync(partial(turn_spec, tools, final, self._tags, **options))
+            self._made[key] = spec
+            if len(self._made) > _TURNS:
+                self._made.pop(next(iter(self._made)), None)
+            return spec
+        return self._made[key]
 
 
 def _plain(tags: Tags) -> LarkSpec:
@@ -175,7 +218,9 @@ def _text(tags: Tags) -> str:
     return r"TEXT: /([^<\s](?s:.)*)?/ & ~/(?s:.)*<\/?tool_(?s:.)*/"
 
 
-def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports: _Reports) -> list[str]:
+def _call_rules(
+    tools: Sequence[Signature], tags: Tags, parallel: bool, reports: _Reports, read: Callable[[str, Style], Front]
+) -> list[str]:
     """The calls of a turn, each after its opening tag, byte for byte as chat templates write them."""
     # A line break is what an untrained model writes after anything: the tag of ordinary text follows without one, so
     # that one more call is a choice of its own, beside the end of the turn.
@@ -186,7 +231,7 @@ def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports:
     rules = [f"calls: call{again}", f'call: "\\n{{\\"name\\": \\"" ({" | ".join(names)}) "}}" {close}']
     for name, tool in zip(names, tools, strict=True):
         try:
-            front = inline(json.dumps(tool.schema), "call")
+            front = read(json.dumps(tool.schema), "call")
         except SchemaError as error:
             raise SchemaError(f"The arguments of the tool {tool.name}: {error}", error.pointer) from None
         reports.append((f"tool {tool.name}", front.report))
@@ -194,12 +239,12 @@ def _call_rules(tools: Sequence[Signature], tags: Tags, parallel: bool, reports:
     return rules
 
 
-def _final_rules(final: GrammarSpec | None, reports: _Reports) -> list[str]:
+def _final_rules(final: GrammarSpec | None, reports: _Reports, read: Callable[[str, Style], Front]) -> list[str]:
     match final:
         case None:
             return []
         case JsonSpec(text, style):
-            front = inline(text, style)
+            front = read(text, style)
             reports.append(("output", front.report))
             return [f"final: %json {json.dumps(front.schema)}"]
         case RegexSpec(pattern):
@@ -258,8 +303,7 @@ class TurnParser:
         self._kind: type[TextDelta | OutputDelta] | None = None
         self._calls = 0
         self._name = ""
-        self._arguments: list[str] = []
-        self._depth, self._string, self._escape = 0, False, False
+        self._document = Document()  # the typed output, or the arguments of a call
 
     def feed(self, piece: Piece) -> list[Event]:
         """The events that a piece brings about."""
@@ -281,15 +325,26 @@ class TurnParser:
         """Whether the turn stands outside of calls, and what came last cannot be the beginning of one."""
         return self._state is _State.TEXT and not self._held
 
+    @property
+    def in_call(self) -> bool:
+        """Whether the turn stands in a call."""
+        return self._state is not _State.TEXT
+
     def end(self) -> list[Event]:
-        """The text that was still held back, once the turn has ended."""
+        """What was still held back, once the turn has ended."""
+        events = self._rest()
+        if self._kind is OutputDelta:
+            self._document.end(events)
+        return events
+
+    def _rest(self) -> list[Event]:
         held, self._held = self._held, ""
         return self._say(held) if self._state is _State.TEXT else []
 
     def _tag(self, token: int) -> list[Event]:
         """A control token: a tag, or an end token, which says nothing here."""
         if token == self._tags.open.token:
-            events = self.end()
+            events = self._rest()
             self._state = _State.HEADER
             return events
         if token == self._tags.close.token:
@@ -310,7 +365,7 @@ class TurnParser:
 
     def _in_text(self, events: list[Event]) -> bool:
         if self._tags.open.token is not None:
-            events += self.end()
+            events += self._rest()
             return False
         before, found, after = self._held.partition(self._tags.open.text)
         if found:
@@ -331,7 +386,10 @@ class TurnParser:
         if self._kind is None:
             typed = self._final is not None and (not isinstance(self._final, JsonSpec) or text[0] in _JSON_STARTS)
             self._kind = OutputDelta if typed else TextDelta
-        return [self._kind(text)]
+        events: list[Event] = [self._kind(text)]
+        if self._kind is OutputDelta and isinstance(self._final, JsonSpec):
+            self._document.feed(text, events)
+        return events
 
     def _in_header(self, events: list[Event]) -> bool:
         name, found, after = self._held.partition(_MIDDLE)
@@ -340,36 +398,18 @@ class TurnParser:
         self._name = name.removeprefix(_HEADER)
         events.append(CallStarted(self._calls, self._name))
         self._state, self._held = _State.ARGUMENTS, after
-        self._arguments, self._depth = [], 0
+        self._document = Document(self._calls)
         return bool(after)
 
     def _in_arguments(self, events: list[Event]) -> bool:
-        """Follow brackets and strings up to the end of the arguments object."""
-        end = 0
-        for char in self._held:
-            end += 1
-            if self._string:
-                if self._escape:
-                    self._escape = False
-                elif char == "\\":
-                    self._escape = True
-                elif char == '"':
-                    self._string = False
-            elif char == '"':
-                self._string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    break
+        grown: list[Event] = []
+        end = self._document.feed(self._held, grown)
         if end:
-            self._arguments.append(self._held[:end])
-            events.append(ArgumentDelta(self._calls, self._held[:end]))
+            events += [ArgumentDelta(self._calls, self._held[:end]), *grown]
         self._held = self._held[end:]
-        if end == 0 or self._depth:
+        if not self._document.complete:
             return False
-        events.append(CallReady(self._calls, self._name, json.loads("".join(self._arguments))))
+        events.append(CallReady(self._calls, self._name, self._document.value))
         self._calls += 1
         self._state = _State.CLOSING
         return True
