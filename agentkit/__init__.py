@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from agentkit.agent import Agent as Agent
     from agentkit.agent import Run as Run
     from agentkit.decision import Decision as Decision
-    from agentkit.extraction import Extracted as Extracted
+    from agentkit.extraction import Failed as Failed
     from agentkit.extraction import extract as extract
+    from agentkit.extractor import Extracted as Extracted
     from agentkit.limits import Limits as Limits
     from agentkit.loading import load as load
     from agentkit.loop import Finished as Finished
@@ -62,7 +63,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "agent": ["Agent", "Run"],
     "decision": ["Decision"],
-    "extraction": ["Extracted", "extract"],
+    "extraction": ["Failed", "extract"],
+    "extractor": ["Extracted"],
     "limits": ["Limits"],
     "loading": ["load"],
     "loop": ["Finished", "PrefillProgress", "ToolFinished", "TurnFinished"],

@@ -6,6 +6,7 @@ does not depend on how long the conversation is: ids are appended, the prefix is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import GrammarSpec
 from agentkit.runtime.pins import Pin
-from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
+from agentkit.runtime.request import Chunk, Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
 from agentkit.tool import RunContext, Tool
@@ -121,6 +122,7 @@ class _Turn:
     calls: list[Call] = field(default_factory=list[Call])
     records: dict[int, CallRecord] = field(default_factory=dict[int, CallRecord])
     ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])  # of the ids, where they were asked for
     finish: Finish | None = None
     unfinished: bool = False  # its budget ended before it came to a call or an answer
 
@@ -171,7 +173,7 @@ class Loop(Generic[Out]):
             cut = turn.finish is not None and turn.finish.reason == "length"
             stop: Stop = reached or ("length" if cut else "answer")
             try:
-                return self._result(text, stop)
+                return self._result(text, stop, turn.logprobs)
             except OutputError as error:
                 if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
                     raise
@@ -254,6 +256,8 @@ class Loop(Generic[Out]):
                     turn.unfinished = True  # the way out of text is a call that the model has not chosen
                     continue
                 turn.ids.extend(chunk.ids)
+                if self.job.sampling.logprobs is not None:
+                    turn.logprobs += _logprobs(chunk)
                 act = self._refuse if chunk.closing else self._act
                 for piece in detokenizer.feed_many(chunk.ids):
                     self._take(turn, parser.feed(piece), partial(start, act))
@@ -353,7 +357,7 @@ class Loop(Generic[Out]):
         note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
         return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
 
-    def _result(self, text: str, stop: Stop) -> RunResult[Any]:
+    def _result(self, text: str, stop: Stop, logprobs: Sequence[float]) -> RunResult[Any]:
         constraint = self.job.constraint
         return RunResult(
             output=text if constraint is None else constraint.parse(text),
@@ -362,4 +366,13 @@ class Loop(Generic[Out]):
             calls=tuple(self.records),
             seconds=time.monotonic() - self.meter.started,
             session=Session(self.transcript, self.job.engine),
+            logprobs=tuple(logprobs),
         )
+
+
+def _logprobs(chunk: Chunk) -> list[float]:
+    """Of each id: what the grammar forced is certain, what closes the output at the end of its budget was not chosen."""
+    if chunk.closing:
+        return [-math.inf] * len(chunk.ids)
+    first = 0.0 if chunk.score is None else chunk.score.logprob
+    return [first, *[0.0] * (len(chunk.ids) - 1)]

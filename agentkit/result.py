@@ -111,6 +111,8 @@ class RunResult(Generic[Out]):
         calls: every tool call, in order.
         seconds: wall-clock time.
         session: to go on from.
+        logprobs: natural log-probability of each id of the last turn, under the model's own distribution: 0 where the
+            grammar left no choice, minus infinity where the budget's end chose. Empty unless `Sampling.logprobs` is set.
     """
 
     output: Out
@@ -119,6 +121,7 @@ class RunResult(Generic[Out]):
     calls: tuple[CallRecord, ...]
     seconds: float
     session: Session
+    logprobs: tuple[float, ...] = ()
 
     @property
     def transcript(self) -> Transcript:
