@@ -1,4 +1,4 @@
-"""A JSON document as a tree whose leaves know where they stand: in the document, in its source, how sure the model was."""
+"""A JSON document as a tree, and of each of its leaves where its source has it and how sure the model was."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import anyio
 import anyio.to_thread
@@ -29,7 +29,7 @@ class Failed:
     """What stands in the place of a record in a list of results.
 
     Attributes:
-        error: what went wrong with this text: mostly an `AgentError`; what a validator raised, if that is no ValueError.
+        error: what went wrong with this text: mostly an `AgentError`; or what a validator raised, if no ValueError.
     """
 
     error: Exception

@@ -371,7 +371,7 @@ class Loop(Generic[Out]):
 
 
 def _logprobs(chunk: Chunk) -> list[float]:
-    """Of each id: what the grammar forced is certain, what closes the output at the end of its budget was not chosen."""
+    """Of each id: what the grammar forced is certain, what closes the output at its budget's end was not chosen."""
     if chunk.closing:
         return [-math.inf] * len(chunk.ids)
     first = 0.0 if chunk.score is None else chunk.score.logprob

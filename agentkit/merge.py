@@ -257,6 +257,8 @@ def require_keys(schema: Json | None, keys: Mapping[str, str]) -> None:
             name = token.replace("~1", "/").replace("~0", "~")
             members = shape.schema.get("properties", {}) if shape is not None and shape.kind == "object" else {}
             shape = _shape(members[name], cast("Json", schema)) if name in members else None
-        items = None if shape is None or shape.kind != "array" else _shape(shape.schema.get("items"), cast("Json", schema))
+        items = (
+            None if shape is None or shape.kind != "array" else _shape(shape.schema.get("items"), cast("Json", schema))
+        )
         if items is None or items.kind != "object" or key not in items.schema.get("properties", {}):
             raise ValueError(f"keys: {pointer!r} is no list of objects with the field {key!r}; write it as '/items'")

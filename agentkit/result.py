@@ -112,7 +112,8 @@ class RunResult(Generic[Out]):
         seconds: wall-clock time.
         session: to go on from.
         logprobs: natural log-probability of each id of the last turn, under the model's own distribution: 0 where the
-            grammar left no choice, minus infinity where the budget's end chose. Empty unless `Sampling.logprobs` is set.
+            grammar left no choice, minus infinity where it was the end of the budget that chose. Empty unless
+            `Sampling.logprobs` is set.
     """
 
     output: Out

@@ -40,9 +40,7 @@ class Part:
     unread: str = ""
 
 
-def split(
-    text: str, starts: Sequence[int], size: int, overlap: int, count: Callable[[str], int]
-) -> list[Part]:
+def split(text: str, starts: Sequence[int], size: int, overlap: int, count: Callable[[str], int]) -> list[Part]:
     """Cut a text into parts that overlap.
 
     Each part is as long as it may be, but is rather cut in its second half where the text has a joint: before a

@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 
 from agentkit import (
     Agent,
-    Failed,
     CallReady,
+    Failed,
     Finished,
     Limits,
     OutputDelta,
