@@ -70,6 +70,7 @@ class Extractor(Generic[Out]):
     """What all texts of one extraction share; `agentkit.extraction.extract` documents the arguments.
 
     Attributes:
+        spec: what a record is decoded under, as a text that other types do not have.
         most: texts to be read at a time, once loaded: more would only wait in the engine.
 
     Raises:
@@ -103,6 +104,7 @@ class Extractor(Generic[Out]):
             limits=Limits(steps=3, turn_tokens=max_tokens),  # two tries; the last step is none for a second one
             sampling=sampling if sampling.logprobs is not None else replace(sampling, logprobs=0),
         )
+        self.spec = repr(spec)
         self.most = 1
 
     async def load(self, engine: Engine | None) -> None:
