@@ -21,7 +21,7 @@ from agentkit.result import RunResult
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.grammar import JsonSpec
 from agentkit.runtime.request import Sampling, Usage
-from agentkit.schema import Json
+from agentkit.schema import Json, described
 from agentkit.spans import Finder
 from agentkit.split import Part, choose, split
 from agentkit.template import Message, System, User
@@ -100,7 +100,7 @@ class Extractor(Generic[Out]):
         sampling = sampling or Sampling()
         self._agent = Agent(
             output=output,
-            instructions=instructions,
+            instructions="\n".join([instructions, *described(self._schema or {})]),
             limits=Limits(steps=3, turn_tokens=max_tokens),  # two tries; the last step is none for a second one
             sampling=sampling if sampling.logprobs is not None else replace(sampling, logprobs=0),
         )
@@ -121,7 +121,7 @@ class Extractor(Generic[Out]):
         await anyio.to_thread.run_sync(compiled.result)
         self._part_agent = self._agent
         if self._schema is not None:
-            instructions = "\n".join(filter(None, [self._agent.instructions, _PART]))
+            instructions = f"{self._agent.instructions}\n{_PART}".strip()
             output = cast("type[Out]", lenient(self._schema))
             self._part_agent = replace(self._agent, model=engine, output=output, instructions=instructions)
         sizes = engine.sizes

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +42,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="say how each keyword of the schema is enforced and read nothing; 1 if it cannot be used",
     )
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=partial(command, parser))
 
 
-def command(args: argparse.Namespace) -> int:
+def command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Extract from every file; 1 if any failed."""
     output = source.output_type(args.schema)
     if args.explain:
         return _explain(output)
     if not args.files:
-        print("error: name a FILE to read, or ask for --explain", file=sys.stderr)
-        return 2
+        parser.error("name a FILE to read, or ask for --explain")
     import anyio
 
     from agentkit.extractor import Extractor
