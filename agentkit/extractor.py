@@ -100,7 +100,7 @@ class Extractor(Generic[Out]):
         sampling = sampling or Sampling()
         self._agent = Agent(
             output=output,
-            instructions="\n".join([instructions, *described(self._schema or {})]),
+            instructions="\n".join(filter(None, [instructions, *described(self._schema or {})])),
             limits=Limits(steps=3, turn_tokens=max_tokens),  # two tries; the last step is none for a second one
             sampling=sampling if sampling.logprobs is not None else replace(sampling, logprobs=0),
         )

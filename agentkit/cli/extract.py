@@ -61,13 +61,15 @@ def command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     extractor = Extractor(output, instructions=args.instructions, max_tokens=args.max_tokens)
     if args.out is None:
         with load(args.model) as engine:
-            batch = _Batch(files, extractor, engine, _in_order(files))
+            bar = sys.stderr.isatty() and not sys.stdout.isatty()  # where lines come, a bar would be torn
+            batch = _Batch(files, extractor, engine, _in_order(files), bar=bar)
             anyio.run(batch.run)
     else:
         with Ledger(args.out, files) as ledger, load(args.model) as engine:
             # What else the records depend on; of a type its schema, as code has no digest.
             made = digest(extractor.spec, args.instructions, str(args.max_tokens), engine.runner.digest)
-            batch = _Batch(files, extractor, engine, ledger.add, lambda file, text: _key(ledger, made, file, text))
+            key = partial(_key, ledger, made)
+            batch = _Batch(files, extractor, engine, ledger.add, key, bar=sys.stderr.isatty())
             anyio.run(batch.run)
     if batch.skipped:
         print(f"{batch.skipped} of {len(files)} files had been read before", file=sys.stderr)
@@ -135,6 +137,7 @@ class _Batch:
         engine: with it.
         add: takes each line as it is made.
         key: of a file and its text what its line shall have as ``key``; None if the file shall be skipped.
+        bar: show a progress bar on standard error.
     """
 
     files: list[str]
@@ -142,6 +145,7 @@ class _Batch:
     engine: Engine
     add: Callable[[dict[str, Any]], None]
     key: Callable[[str, str], str | None] | None = None
+    bar: bool = False
     failed: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
 
@@ -156,7 +160,7 @@ class _Batch:
         from agentkit.gather import gather
 
         await self.extractor.load(self.engine)
-        with tqdm(total=len(self.files), unit="file", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(self.files), unit="file", disable=not self.bar) as bar:
 
             async def one(file: str) -> None:
                 line = await self._line(file)

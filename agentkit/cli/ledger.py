@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 from agentkit.runtime.errors import AgentError
+
+#: How each of our lines begins.
+_HEAD = b'{"file": '
 
 
 def digest(*parts: str) -> str:
@@ -38,16 +40,15 @@ class Ledger:
         self.path, self._files = path, files
         self._lines: dict[str, dict[str, Any]] = {}  # the last of each file
         try:
-            self._stream = cast(BufferedRandom, path.open("r+b" if path.exists() else "w+b"))
-            end = 0
-            for number, line in enumerate(self._stream, 1):
-                if not line.endswith(b"\n"):
-                    break
+            data = path.read_bytes() if path.exists() else b""
+            *whole, half = data.split(b"\n")
+            for number, line in enumerate(whole, 1):
                 entry = self._entry(line, number)
                 self._lines[entry["file"]] = entry
-                end += len(line)
-            self._stream.seek(end)
-            self._stream.truncate()
+            if not half.startswith(_HEAD) and not _HEAD.startswith(half):
+                raise self._foreign(len(whole) + 1)
+            self._stream = path.open("ab")
+            self._stream.truncate(len(data) - len(half))
         except OSError as error:
             raise AgentError(f"{path} cannot be written: {error.strerror}. Choose another file.") from error
 
@@ -55,10 +56,13 @@ class Ledger:
         try:
             entry: object = json.loads(line)
         except ValueError:
-            entry = None
+            raise self._foreign(number) from None
         if not isinstance(entry, dict) or not isinstance(cast("dict[str, Any]", entry).get("file"), str):
-            raise AgentError(f"line {number} of {self.path} is none of `agentkit extract`: choose another file")
+            raise self._foreign(number)
         return cast("dict[str, Any]", entry)
+
+    def _foreign(self, number: int) -> AgentError:
+        return AgentError(f"line {number} of {self.path} is none of `agentkit extract`. Choose another file.")
 
     def has(self, file: str, key: str) -> bool:
         """Whether there is a record of a file, made in the same way of the same text."""

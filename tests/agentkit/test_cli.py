@@ -482,6 +482,9 @@ def test_extract_goes_on_where_an_earlier_call_was_killed(tmp_path: Path) -> Non
     assert done.code == 1
     assert "line 1" in done.err
     assert out.read_text() == "1,2\n"
+    out.write_text("no line of ours")
+    assert invoke(*command).code == 1
+    assert out.read_text() == "no line of ours"
 
 
 def test_explain_reports_on_a_schema_without_a_model(
