@@ -145,8 +145,8 @@ def merge(schema: Json, records: Sequence[Node], keys: Mapping[str, str]) -> Mer
     """Join the records of a text's parts.
 
     - Of a single value the one with the highest confidence is taken that is not null, of equals the first.
-    - Objects are joined field by field, in the order of the schema. One that is optional is left out where no part
-      has a field that it requires.
+    - Objects are joined field by field, in the order of the schema. One that is optional is left out, and one that may
+      be null is null, where no part has a field that it requires.
     - Lists are joined in the order of the parts. An item that an earlier part has as well is taken once, as often as
       the part has it that has it most often: parts overlap, but within one part a repetition is meant. Items of a list
       with a key are the same if they have the same key, and are joined like other objects.
@@ -190,10 +190,10 @@ class _Merger:
             here = pointer + step(name)
             values = [node[name] for node in nodes if name in node]
             node, shape = self.join(properties.get(name, others), values, here, lacking)
-            if node is not None and (name in required or not lacking):
+            if node is not None and (not lacking or (name in required and not shape.nullable)):
                 joined[name] = node
                 missing += lacking
-            elif name in required:  # and nothing is said of it
+            elif name in required:  # and nothing is said of it, or not enough
                 if shape.nullable:
                     joined[name] = next((value for value in values if isinstance(value, Leaf)), _NOTHING)
                 elif shape.kind == "array":

@@ -98,11 +98,20 @@ def choose(parts: Sequence[Part], budget: int) -> list[Part]:
 def _cut(text: str, at: int, far: int) -> int:
     """Where a part that begins at ``at`` and can go on to ``far`` ends best."""
     low = at + (far - at) // 2
+    spare = far
     for cuts in _CUTS:
         ends = [match.end() for match in cuts.finditer(text, low, far) if at < match.end() <= far]
-        if ends:
+        if ends and not _headed(text[at : ends[-1]]):
             return ends[-1]
-    return far
+        if ends and spare == far:
+            spare = ends[-1]
+    return spare
+
+
+def _headed(text: str) -> bool:
+    """Whether a text ends with the line of a heading, which belongs to what follows."""
+    line = text.rstrip().rpartition("\n")[2]
+    return text.endswith("\n") and _HEADING.match(line) is not None
 
 
 def _back(text: str, at: int, end: int, starts: Sequence[int], overlap: int) -> int:
@@ -110,7 +119,9 @@ def _back(text: str, at: int, end: int, starts: Sequence[int], overlap: int) -> 
     overlap. Less than a sentence says nothing, so words are repeated only where a sentence was cut.
     """
     index = bisect_left(starts, end) - overlap
-    low = max(starts[index] if index > 0 else 0, at + 1)
+    low = at + 1
+    if index > 0:  # a character may be several tokens, and is repeated whole or not at all
+        low = max(low, starts[index] + (starts[index - 1] == starts[index]))
     whole = text[end - 1] == "\n" or _SENTENCE.search(text, max(low, end - 8), end) is not None
     for joint in (_LINE, _SENTENCE) if whole else (_LINE, _SENTENCE, _BLANK):
         for match in joint.finditer(text, low - 1, end):

@@ -47,11 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Extract from every file; 1 if any failed."""
+    if not args.files and not args.explain:
+        parser.error("name a FILE to read, or ask for --explain")
     output = source.output_type(args.schema)
     if args.explain:
         return _explain(output)
-    if not args.files:
-        parser.error("name a FILE to read, or ask for --explain")
     import anyio
 
     from agentkit.extractor import Extractor

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field, field_validator
@@ -209,13 +209,17 @@ async def test_a_short_budget_goes_to_what_is_marked_and_says_what_was_not_read(
     sections[4] = "# [IMPORTANT] The order\n" + "Ada pays 5.00 for it. " * 3
     text = "\n\n".join(sections)
     said = {"customer": "Ada", "total": 5.0, "items": [], "note": None}
-    with scripted(final(said), final(said)) as engine:
+    with scripted(*[final(said)] * 5) as engine:
         one_at_a_time(engine)
         found = await extract(text, Order, budget=200)
     assert found.output.customer == "Ada"
     read = [text[part.start :].split("\n")[0] for part in found.parts if not part.unread]
-    assert read == ["# Part 0", "# [IMPORTANT] The order"]
-    assert all("budget of 200 tokens" in part.unread for part in found.parts if text[part.start] != "#")
+    nothing, paid = "Nothing of note in 0. " * 2, "Ada pays 5.00 for it. " * 2
+    assert read == ["# Part 0", nothing, "# Part 1", "# [IMPORTANT] The order", paid]
+    unread = [part for part in found.parts if part.unread]
+    assert len(unread) == 7
+    assert all("budget of 200 tokens" in part.unread for part in unread)
+    assert sum(part.tokens for part in found.parts if not part.unread) <= 200
 
 
 @pytest.mark.anyio
@@ -242,9 +246,10 @@ async def test_a_text_longer_than_the_context_is_read_by_a_real_engine(engine: E
         Draft202012Validator(schema).validate(record.output)  # type: ignore[union-attr]
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["# H\n", "## h\n", "word ", "end. ", "\n", "\n\n", "é", "x" * 30]), min_size=1, max_size=80
+        st.sampled_from(["# H\n", "## h\n", "word ", "end. ", "\n", "\n\n", "é", "x" * 30]), min_size=1, max_size=60
     ),
     st.integers(16, 60),
 )
@@ -276,9 +281,11 @@ def test_marks_are_seen_where_they_stand_first_and_nowhere_else() -> None:
     text += "## [IMPORTANT] head\n\nits text\n\n### deeper\n\nmore\n\n## other\n\nrest\n"
     parts = split(text, list(range(len(text))), 16, 0, len)
     told = "".join(text[part.start : part.end] for part in parts if part.important)
+    assert "word" not in told
     assert "lower" not in told
-    assert "other" not in told.replace("another", "")
-    assert "next" in told
+    assert "rest" not in told
+    assert "and the" in told
+    assert "its text" in told
     assert "more" in told
     chosen = choose(parts, sum(part.tokens for part in parts if part.important))
     assert [part.important for part in chosen] == [not part.unread for part in chosen]
@@ -460,8 +467,9 @@ async def test_confidence_is_the_models_own_probability_as_engine_score_gives_it
     )
     assert found.output == result.output
     document = engine.vocab.decode(result.transcript.ids[turn.start : turn.end])
-    start = document.index(": ", document.index('"kind"')) + 2  # a token is a byte
-    kind = math.fsum(result.logprobs[start : start + len(json.dumps(result.output["kind"]))])
+    value = json.dumps(result.output["kind"])
+    start = document.index(value, document.index('"kind"') + 6)  # a token is a byte
+    kind = math.fsum(result.logprobs[start : start + len(value)])
     assert found.evidence["/kind"].confidence == pytest.approx(math.exp(kind), rel=1e-2)
 
 
