@@ -92,6 +92,8 @@ class Extractor(Generic[Out]):
         for name, value in (("part_tokens", part_tokens), ("budget", budget)):
             if value is not None and value < _SMALLEST_PART:
                 raise ValueError(f"{name} must be at least {_SMALLEST_PART}, not {value}")
+        if output is str:  # to an agent that is free text; here it is a value that stands in the text
+            output = cast("type[Out]", {"type": "string"})
         self.part_tokens, self.budget, self.keys = part_tokens, budget, dict(keys or {})
         self._constraint = cast("Constraint[Out]", constraint(output))
         spec = self._constraint.spec

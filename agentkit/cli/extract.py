@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -115,14 +116,12 @@ def _key(ledger: Ledger, made: str, file: str, text: str) -> str | None:
 def _in_order(files: Sequence[str]) -> Callable[[dict[str, Any]], None]:
     """A function that prints each line when those of all files before it have been printed."""
     lines: dict[str, dict[str, Any]] = {}
-    left = iter(files)
-    waiting = [next(left)]
+    left = deque(files)
 
     def add(line: dict[str, Any]) -> None:
         lines[line["file"]] = line
-        while waiting and waiting[0] in lines:
-            json_line(lines.pop(waiting[0]))
-            waiting[:] = [file for file in [next(left, None)] if file is not None]
+        while left and left[0] in lines:
+            json_line(lines.pop(left.popleft()))
 
     return add
 

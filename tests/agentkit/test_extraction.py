@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
@@ -145,6 +145,20 @@ async def test_no_more_run_at_a_time_than_are_asked_for() -> None:
     assert most == 4
     with pytest.raises(KeyError):
         await gather(work, range(90, 120), 4)
+
+
+@pytest.mark.anyio
+async def test_a_single_value_is_a_record_too() -> None:
+    with scripted(final('"Ann"'), final("red")):
+        name = await extract("It is Ann.", str)
+        color = await extract("a red thing", Literal["red", "green"])  # type: ignore[arg-type]
+    assert (name.output, name.evidence[""].span) == ("Ann", (6, 9))
+    assert (color.output, color.evidence[""].span) == ("red", (2, 5))
+    with scripted(final("green"), final("red")) as engine:  # of a long text the most confident part says it
+        one_at_a_time(engine)
+        color = await extract("a text " * 6, Literal["red", "green"], part_tokens=30)  # type: ignore[arg-type]
+    assert color.output in ("red", "green")
+    assert len(color.parts) == 2
 
 
 @pytest.mark.anyio
