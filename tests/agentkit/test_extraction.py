@@ -480,9 +480,9 @@ async def test_confidence_is_the_models_own_probability_as_engine_score_gives_it
         sampling=Sampling(temperature=1.5, seed=3),
     )
     assert found.output == result.output
-    document = engine.vocab.decode(result.transcript.ids[turn.start : turn.end])
-    value = json.dumps(result.output["kind"])
-    start = document.index(value, document.index('"kind"') + 6)  # a token is a byte
+    document = b"".join(map(engine.vocab.token_bytes, result.transcript.ids[turn.start : turn.end]))
+    value = json.dumps(result.output["kind"]).encode()
+    start = document.index(value, document.index(b'"kind"') + 6)  # a token is a byte
     kind = math.fsum(result.logprobs[start : start + len(value)])
     assert found.evidence["/kind"].confidence == pytest.approx(math.exp(kind), rel=1e-2)
 
