@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from agentkit.extraction import Failed as Failed
     from agentkit.extraction import extract as extract
     from agentkit.extractor import Extracted as Extracted
+    from agentkit.fields import FieldDelta as FieldDelta
+    from agentkit.fields import FieldReady as FieldReady
+    from agentkit.fields import FieldStarted as FieldStarted
     from agentkit.limits import Limits as Limits
     from agentkit.loading import load as load
     from agentkit.loop import Finished as Finished
@@ -65,6 +68,7 @@ _HOMES = {
     "decision": ["Decision"],
     "extraction": ["Failed", "extract"],
     "extractor": ["Extracted"],
+    "fields": ["FieldDelta", "FieldReady", "FieldStarted"],
     "limits": ["Limits"],
     "loading": ["load"],
     "loop": ["Finished", "PrefillProgress", "ToolFinished", "TurnFinished"],

@@ -99,9 +99,17 @@ class Agent(Generic[Out]):
         session: Session | None = None,
         limits: Limits | None = None,
         tool_choice: Choice | Sequence[Choice] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> RunResult[Out]:
         """Run one task to its end; `stream` with nobody watching. For the arguments see there."""
-        async with self.stream(task, deps=deps, session=session, limits=limits, tool_choice=tool_choice) as run:
+        async with self.stream(
+            task,
+            deps=deps,
+            session=session,
+            limits=limits,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+        ) as run:
             async for _ in run:
                 pass
         return run.result
@@ -114,11 +122,19 @@ class Agent(Generic[Out]):
         session: Session | None = None,
         limits: Limits | None = None,
         tool_choice: Choice | Sequence[Choice] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> RunResult[Out]:
         """`run` for a program without an event loop."""
 
         async def main() -> RunResult[Out]:
-            return await self.run(task, deps=deps, session=session, limits=limits, tool_choice=tool_choice)
+            return await self.run(
+                task,
+                deps=deps,
+                session=session,
+                limits=limits,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+            )
 
         return anyio.run(main)
 
@@ -130,10 +146,12 @@ class Agent(Generic[Out]):
         session: Session | None = None,
         limits: Limits | None = None,
         tool_choice: Choice | Sequence[Choice] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Run[Out]:
         """Run one task and watch it: ``async with agent.stream(task) as run: async for event in run: ...``.
 
-        Leaving the block early ends the run: the model stops and tools are cancelled.
+        Leaving the block early ends the run: the model stops, tools are cancelled, and there is no result; `Run.stop`
+        ends it with one.
 
         Args:
             task: what the user says.
@@ -141,12 +159,14 @@ class Agent(Generic[Out]):
             session: go on from there.
             limits: instead of the agent's.
             tool_choice: what the first turn does: ``auto``, ``required``, ``none`` or a tool's name. A list says it for
-                as many turns; those after them are free.
+                as many turns; those after them are free. A tool that may not be called any more is no choice: that
+                turn is free as well.
+            parallel_tool_calls: whether a turn may hold several calls.
 
         Raises:
             AgentError: the model cannot be loaded, the task can never fit, the session is of another agent.
         """
-        return Run(self, task, deps, session, limits or self.limits, tool_choice)
+        return Run(self, task, deps, session, limits or self.limits, tool_choice, parallel_tool_calls)
 
     async def decide(
         self, question: str, choices: Iterable[C], *, session: Session | None = None, abstain: float | None = None
@@ -226,14 +246,17 @@ class Run(Generic[Out]):
         session: Session | None,
         limits: Limits,
         tool_choice: Choice | Sequence[Choice],
+        parallel: bool,
     ) -> None:
         self._agent, self._task, self._deps, self._session = agent, task, deps, session
-        self._limits = limits
+        self._limits, self._parallel = limits, parallel
         self._choices = (tool_choice,) if isinstance(tool_choice, str) else tuple(tool_choice)
         self._send, self._receive = anyio.create_memory_object_stream[AgentEvent](math.inf)
         self._group: TaskGroup | None = None
         self._result: RunResult[Out] | None = None
         self._error: Exception | None = None
+        self._running: Loop[Out] | None = None
+        self._stopped = False
 
     @property
     def result(self) -> RunResult[Out]:
@@ -241,6 +264,30 @@ class Run(Generic[Out]):
         if self._result is None:
             raise AgentError("the run has not finished: read its events to the end first") from self._error
         return self._result
+
+    @property
+    def partial(self) -> Out | None:
+        """The output as far as it has been decoded, which may be further than the last event.
+
+        For ``str`` the text of this turn. For a pydantic model, dataclass, TypedDict, list or dict of these, or a JSON
+        schema a new value of that type at each call, which has not been validated: strings are as long as they have
+        come, what has not arrived is None (a TypedDict lacks it), and a union of several types is None until it is
+        complete. None before anything has arrived, and for types without parts.
+        """
+        if self._result is not None:
+            return self._result.output
+        return None if self._running is None else self._running.so_far()
+
+    def stop(self) -> None:
+        """End the run with what there is, as its caller has enough; the events then end soon, with `Finished`.
+
+        The model stops, tools that run are cancelled, a call that is not complete is not made. The result's ``stop`` is
+        ``stopped`` and its output is `partial`; its session goes on from what the model had written. An answer that
+        was complete by then is the result as ever.
+        """
+        self._stopped = True
+        if self._running is not None:
+            self._running.stop()
 
     async def __aenter__(self) -> Self:
         self._group = anyio.create_task_group()
@@ -289,12 +336,17 @@ class Run(Generic[Out]):
             constraint=_constraint(self._agent.output),
             limits=self._limits,
             sampling=self._agent.sampling,
+            output=self._agent.output,
             choices=self._choices,
+            parallel=self._parallel,
             deps=self._deps,
             specs=loaded.specs,
         )
         messages = _messages(self._agent, transcript, self._task)
-        return await Loop(job, transcript, self._send.send_nowait).run(messages)
+        self._running = Loop(job, transcript, self._send.send_nowait)
+        if self._stopped:
+            self._running.stop()
+        return await self._running.run(messages)
 
 
 def _transcript(agent: Agent[Any], loaded: LoadedModel, session: Session | None) -> Transcript:

@@ -16,13 +16,15 @@ from typing import Any, Generic, TypeVar
 import anyio
 import anyio.to_thread
 
+from agentkit.fields import FieldDelta, FieldReady, FieldStarted
 from agentkit.limits import LimitName, Limits, Meter
 from agentkit.output import Constraint, OutputError
+from agentkit.partial import Draft
 from agentkit.result import CallRecord, RunResult, Session, Stop
 from agentkit.runtime.engine import Engine
 from agentkit.runtime.errors import AgentError, CapacityError
 from agentkit.runtime.generation import Generation
-from agentkit.runtime.grammar import GrammarSpec
+from agentkit.runtime.grammar import GrammarSpec, JsonSpec
 from agentkit.runtime.pins import Pin
 from agentkit.runtime.request import Chunk, Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
@@ -99,7 +101,9 @@ class Job(Generic[Out]):
         constraint: of a typed output; None for text.
         limits: how long it may take.
         sampling: how tokens are chosen.
+        output: the type that it is of.
         choices: what the first turns must do, one after the other; later ones are free.
+        parallel: whether a turn may hold several calls.
         deps: handed to tools that take a `RunContext`.
         specs: grammars of turns made so far, kept from run to run of one agent.
     """
@@ -109,7 +113,9 @@ class Job(Generic[Out]):
     constraint: Constraint[Out] | None
     limits: Limits
     sampling: Sampling
+    output: Any = str
     choices: tuple[Choice, ...] = ()
+    parallel: bool = True
     deps: object = None
     specs: dict[Hashable, GrammarSpec | None] = field(default_factory=dict[Hashable, "GrammarSpec | None"])
 
@@ -125,6 +131,7 @@ class _Turn:
     logprobs: list[float] = field(default_factory=list[float])  # of the ids, where they were asked for
     finish: Finish | None = None
     unfinished: bool = False  # its budget ended before it came to a call or an answer
+    stopped: bool = False  # the caller had enough before it came to its end
 
 
 LoopEvent = Event | PrefillProgress | ToolFinished | TurnFinished
@@ -145,6 +152,10 @@ class Loop(Generic[Out]):
         self.usage = Usage()
         self.records: list[CallRecord] = []
         self._pin: Pin | None = None  # of a turn with calls, until the next turn has found its pages
+        self._turn_text: list[str] = []
+        self._draft = Draft(job.output) if job.constraint and isinstance(job.constraint.spec, JsonSpec) else None
+        self._stopped = False
+        self._scope: anyio.CancelScope | None = None  # of what a stop cuts short
 
     async def run(self, messages: Sequence[Message]) -> RunResult[Out]:
         """Append the messages and take turns until the model answers."""
@@ -153,13 +164,29 @@ class Loop(Generic[Out]):
         finally:
             self._unpin()
 
+    def stop(self) -> None:
+        """End the run as soon as what has been decoded can be left as it is."""
+        self._stopped = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def so_far(self) -> Any:
+        """The output as far as it has been decoded: a text, or a value of the output type that has not been validated.
+
+        None where nothing of it has, or the output type has no parts that could be told.
+        """
+        if self.job.constraint is None:
+            return "".join(self._turn_text)
+        return None if self._draft is None else self._draft.value()
+
     async def _run(self, messages: Sequence[Message]) -> RunResult[Out]:
         self.transcript.append(*messages)
         retried = False
-        while True:
+        logprobs: Sequence[float] = ()
+        while not self._stopped:
             reached = self.meter.reached
             turn = await self._turn(reached)
-            if reached is None and turn.unfinished:
+            if reached is None and turn.unfinished and not self._stopped:
                 reached = self.meter.scarcest or "tokens"  # what is left holds no call, but it may hold an answer
                 turn = await self._turn(reached)
             text = "".join(turn.text)
@@ -170,15 +197,20 @@ class Loop(Generic[Out]):
             if turn.calls:
                 self.transcript.append(*self._results(turn))
                 continue
+            logprobs = turn.logprobs
+            if turn.stopped:
+                break
             cut = turn.finish is not None and turn.finish.reason == "length"
             stop: Stop = reached or ("length" if cut else "answer")
             try:
-                return self._result(text, stop, turn.logprobs)
+                output = text if self.job.constraint is None else self.job.constraint.parse(text)
+                return self._result(output, stop, turn.logprobs)
             except OutputError as error:
                 if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
                     raise
                 retried = True
                 self.transcript.append(User(f"This answer is not accepted: {error}. Answer again."))
+        return self._result(self.so_far(), "stopped", logprobs)
 
     # prepare
 
@@ -207,9 +239,10 @@ class Loop(Generic[Out]):
         job = self.job
         tags = self.transcript.template.tool_format.tags
         final = None if job.constraint is None else job.constraint.spec
-        key = (tuple(job.tools.values()), final, choice, allowed)
+        tools = tuple(job.tools.values())
+        key = (tools, final, choice, allowed, job.parallel)
         if key not in job.specs:
-            build = partial(turn_spec, list(job.tools.values()), final, tags, choice=choice, allowed=allowed)
+            build = partial(turn_spec, tools, final, tags, choice=choice, allowed=allowed, parallel=job.parallel)
             job.specs[key] = await anyio.to_thread.run_sync(build)
         return job.specs[key]
 
@@ -217,6 +250,7 @@ class Loop(Generic[Out]):
 
     async def _turn(self, reached: LimitName | None) -> _Turn:
         turn = _Turn()
+        self._turn_text = turn.text
         request = await self._request(reached)
         failure: AgentError | None = None
         async with anyio.create_task_group() as tools:
@@ -228,14 +262,21 @@ class Loop(Generic[Out]):
                 self._unpin()
                 if turn.calls:  # tools may run for long, and other requests meanwhile
                     self._pin = self.job.engine.pin([*self.transcript.ids, *turn.ids])
+                self._scope = tools.cancel_scope
+                if self._stopped:
+                    self._scope.cancel()
             except AgentError as error:  # raised below: inside, it would come out as a group of exceptions
                 turn.unfinished = (
                     isinstance(error, CapacityError) and reached is None and self.meter.scarcest is not None
                 )
                 failure = None if turn.unfinished else error
                 tools.cancel_scope.cancel()
+        self._scope = None
         if failure is not None:
             raise failure
+        for index in range(len(turn.calls) if self._stopped else 0):
+            if index not in turn.records:
+                self._record(turn, index, "Error: the run was stopped before this tool had ended", failed=True)
         return turn
 
     async def _read(
@@ -252,6 +293,8 @@ class Loop(Generic[Out]):
                 if isinstance(chunk, Progress):
                     self.emit(PrefillProgress(self.meter.step, chunk.done, chunk.total, chunk.recomputed))
                     continue
+                if chunk.closing and self._stopped and not parser.in_call:
+                    continue  # what is open may stay so, but a call in the log is a whole one
                 if chunk.closing and final is not None and parser.in_text:
                     turn.unfinished = True  # the way out of text is a call that the model has not chosen
                     continue
@@ -262,17 +305,24 @@ class Loop(Generic[Out]):
                 for piece in detokenizer.feed_many(chunk.ids):
                     self._take(turn, parser.feed(piece), partial(start, act))
 
-        with anyio.move_on_after(seconds) as scope:
+        with anyio.move_on_after(seconds) as self._scope:
+            if self._stopped:
+                self._scope.cancel()
             await read()
-        if scope.cancelled_caught:
+        if self._scope.cancelled_caught:
+            if self._stopped and not generation.ids:  # it may still be waiting, or reading its prompt
+                turn.stopped = True
+                return
             self.job.engine.hasten(generation)
             await read()
-        for piece in detokenizer.flush():
-            self._take(turn, parser.feed(piece), partial(start, self._act))
-        self._take(turn, parser.end(), partial(start, self._act))
         assert generation.finish is not None
         turn.finish = generation.finish
         turn.unfinished |= not turn.ids
+        turn.stopped = self._stopped and turn.finish.reason == "length"
+        if not turn.stopped:  # else the last character, number or tag may be half of one
+            for piece in detokenizer.flush():
+                self._take(turn, parser.feed(piece), partial(start, self._act))
+            self._take(turn, parser.end(), partial(start, self._act))
         self.usage += turn.finish.usage
         self.meter.tokens += len(generation.ids)
         self.emit(TurnFinished(self.meter.step, turn.finish.usage))
@@ -280,7 +330,10 @@ class Loop(Generic[Out]):
     def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., object]) -> None:
         for event in events:
             self.emit(event)
-            if isinstance(event, TextDelta | OutputDelta):
+            if isinstance(event, FieldStarted | FieldDelta | FieldReady):
+                if event.call is None and self._draft is not None:
+                    self._draft.take(event)
+            elif isinstance(event, TextDelta | OutputDelta):
                 turn.text.append(event.text)
             elif isinstance(event, CallReady):
                 turn.calls.append(Call(event.name, event.arguments))
@@ -304,16 +357,19 @@ class Loop(Generic[Out]):
             text = f"Error: {str(error) or 'the time of the run is up'}"
         except Exception as error:
             text = f"Error: {type(error).__name__}: {error}"
-        record = CallRecord(call.name, call.arguments, text, failed, time.monotonic() - began)
-        turn.records[call.index] = record
-        self.emit(ToolFinished(call.index, record))
+        self._record(turn, call.index, text, failed, time.monotonic() - began)
 
     async def _refuse(self, turn: _Turn, call: CallReady) -> None:
-        """A call whose arguments were cut short by the budget is not made: half a file name is another file."""
+        """A call whose arguments were cut short is not made: half a file name is another file."""
         text = "Error: this call was cut at the token limit and has not been made. Make it again with less in it."
-        record = CallRecord(call.name, call.arguments, text, True, 0.0)
-        turn.records[call.index] = record
-        self.emit(ToolFinished(call.index, record))
+        if self._stopped:
+            text = "Error: this call was cut when the run was stopped and has not been made."
+        self._record(turn, call.index, text, failed=True)
+
+    def _record(self, turn: _Turn, index: int, result: str, failed: bool, seconds: float = 0.0) -> None:
+        call = turn.calls[index]
+        turn.records[index] = CallRecord(call.name, call.arguments, result, failed, seconds)
+        self.emit(ToolFinished(index, turn.records[index]))
 
     def _unpin(self) -> None:
         if self._pin is not None:
@@ -357,10 +413,9 @@ class Loop(Generic[Out]):
         note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
         return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
 
-    def _result(self, text: str, stop: Stop, logprobs: Sequence[float]) -> RunResult[Any]:
-        constraint = self.job.constraint
+    def _result(self, output: Any, stop: Stop, logprobs: Sequence[float]) -> RunResult[Any]:
         return RunResult(
-            output=text if constraint is None else constraint.parse(text),
+            output=output,
             stop=stop,
             usage=self.usage,
             calls=tuple(self.records),

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Out = TypeVar("Out", covariant=True)
 
 #: ``answer``: the model answered of itself; a limit's name: it had to; ``length``: its text was cut at
-#: `Limits.turn_tokens` (a typed output is never cut).
-Stop = Literal["answer", "length"] | LimitName
+#: `Limits.turn_tokens` (a typed output is never cut); ``stopped``: the caller had enough (`Run.stop`).
+Stop = Literal["answer", "length", "stopped"] | LimitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,9 @@ class RunResult(Generic[Out]):
     """The outcome of a run.
 
     Attributes:
-        output: text, or what the agent's output type says.
+        output: text, or what the agent's output type says. Where ``stop`` is ``stopped``, as much of it as there was:
+            a text that breaks off, or a value of the type that has not been validated, with None for what had not
+            arrived; None instead of a value of which nothing had.
         stop: how it ended.
         usage: tokens cached, prefilled, decoded, forced, recomputed and drafted over all turns.
         calls: every tool call, in order.

@@ -164,6 +164,11 @@ class _ScriptedEngine(Engine):
         self.runner.lines[generation.rid] = line, len(request.ids)
         return _Checked(self, generation.rid, request, line)
 
+    def hasten(self, generation: Generation) -> None:
+        super().hasten(generation)
+        if isinstance(generation, _Checked):
+            generation.checked = False  # a script does not say when it is cut short
+
     async def continuations(
         self, ids: Sequence[int], options: Sequence[Sequence[int]], *, namespace: str = ""
     ) -> Continuations:
@@ -205,15 +210,20 @@ class _ScriptedEngine(Engine):
 
 
 class _Checked(Generation):
-    """A generation that must keep to its line."""
+    """A generation that must keep to its line.
+
+    Attributes:
+        checked: whether it still must.
+    """
 
     def __init__(self, engine: Engine, rid: int, request: Request, line: list[int]) -> None:
         super().__init__(engine, rid, request)
+        self.checked = True
         self._line, self._vocab = line, engine.vocab
 
     async def __anext__(self) -> Chunk:
         chunk = await super().__anext__()
-        if self.ids != self._line[: len(self.ids)]:
+        if self.checked and self.ids != self._line[: len(self.ids)]:
             kept = next(i for i, t in enumerate(self.ids) if self._line[i : i + 1] != [t])
             before = self._vocab.decode(self._line[:kept])
             raise ScriptError(

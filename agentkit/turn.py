@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Literal
 
+from agentkit.fields import Document, FieldEvent
 from agentkit.runtime.closing import Hints
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.grammar import (
@@ -82,7 +83,7 @@ class CallReady:
 
 
 _Reports = list[tuple[str, SchemaReport]]
-Event = TextDelta | OutputDelta | CallStarted | ArgumentDelta | CallReady
+Event = TextDelta | OutputDelta | CallStarted | ArgumentDelta | CallReady | FieldEvent
 
 
 def turn_spec(
@@ -247,8 +248,7 @@ class TurnParser:
         self._kind: type[TextDelta | OutputDelta] | None = None
         self._calls = 0
         self._name = ""
-        self._arguments: list[str] = []
-        self._depth, self._string, self._escape = 0, False, False
+        self._document = Document()  # the typed output, or the arguments of a call
 
     def feed(self, piece: Piece) -> list[Event]:
         """The events that a piece brings about."""
@@ -265,15 +265,26 @@ class TurnParser:
         """Whether the turn stands in text, neither in a call nor in a typed output."""
         return self._state is _State.TEXT and not self._calls and self._kind is not OutputDelta
 
+    @property
+    def in_call(self) -> bool:
+        """Whether the turn stands in a call."""
+        return self._state is not _State.TEXT
+
     def end(self) -> list[Event]:
-        """The text that was still held back, once the turn has ended."""
+        """What was still held back, once the turn has ended."""
+        events = self._rest()
+        if self._kind is OutputDelta:
+            self._document.end(events)
+        return events
+
+    def _rest(self) -> list[Event]:
         held, self._held = self._held, ""
         return self._say(held) if self._state is _State.TEXT else []
 
     def _tag(self, token: int) -> list[Event]:
         """A control token: a tag, or an end token, which says nothing here."""
         if token == self._tags.open.token:
-            events = self.end()
+            events = self._rest()
             self._state = _State.HEADER
             return events
         if token == self._tags.close.token:
@@ -294,7 +305,7 @@ class TurnParser:
 
     def _in_text(self, events: list[Event]) -> bool:
         if self._tags.open.token is not None:
-            events += self.end()
+            events += self._rest()
             return False
         before, found, after = self._held.partition(self._tags.open.text)
         if found:
@@ -315,7 +326,10 @@ class TurnParser:
         if self._kind is None:
             typed = self._final is not None and (not isinstance(self._final, JsonSpec) or text[0] in _JSON_STARTS)
             self._kind = OutputDelta if typed else TextDelta
-        return [self._kind(text)]
+        events: list[Event] = [self._kind(text)]
+        if self._kind is OutputDelta and isinstance(self._final, JsonSpec):
+            self._document.feed(text, events)
+        return events
 
     def _in_header(self, events: list[Event]) -> bool:
         name, found, after = self._held.partition(_MIDDLE)
@@ -324,36 +338,18 @@ class TurnParser:
         self._name = name.removeprefix(_HEADER)
         events.append(CallStarted(self._calls, self._name))
         self._state, self._held = _State.ARGUMENTS, after
-        self._arguments, self._depth = [], 0
+        self._document = Document(self._calls)
         return bool(after)
 
     def _in_arguments(self, events: list[Event]) -> bool:
-        """Follow brackets and strings up to the end of the arguments object."""
-        end = 0
-        for char in self._held:
-            end += 1
-            if self._string:
-                if self._escape:
-                    self._escape = False
-                elif char == "\\":
-                    self._escape = True
-                elif char == '"':
-                    self._string = False
-            elif char == '"':
-                self._string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    break
+        grown: list[Event] = []
+        end = self._document.feed(self._held, grown)
         if end:
-            self._arguments.append(self._held[:end])
-            events.append(ArgumentDelta(self._calls, self._held[:end]))
+            events += [ArgumentDelta(self._calls, self._held[:end]), *grown]
         self._held = self._held[end:]
-        if end == 0 or self._depth:
+        if not self._document.complete:
             return False
-        events.append(CallReady(self._calls, self._name, json.loads("".join(self._arguments))))
+        events.append(CallReady(self._calls, self._name, self._document.value))
         self._calls += 1
         self._state = _State.CLOSING
         return True

@@ -249,14 +249,15 @@ class Live:
             if self.matcher.finished():
                 return tuple(ids), "stop"
             certain = self.matcher.forced()
-        return tuple(ids), reason or ("length" if self.left <= 0 or self.hastened else None)
+        return tuple(ids), reason or ("length" if self.left <= 0 else None)
 
     def _closing(self, token: int) -> list[int] | None:
         """None if the token may be taken, else the ids that complete the output without it."""
         assert self.matcher is not None
         assert self._closer is not None
         if self.hastened:
-            return self.matcher.completion(self.left)
+            closing = self.matcher.completion(self.left)
+            return None if closing and closing[0] == token else closing  # so far it is what the model has chosen
         return self._closer.admit(token, self.left)
 
     def _ends(self, token: int) -> bool:

@@ -8,7 +8,8 @@ NAMES = """
 Agent Run RunResult CallRecord Session Restored
 tool Tool RunContext ToolError
 extract Extracted Failed Decision Limits load Options Sampling Usage OutputError
-TextDelta OutputDelta CallStarted ArgumentDelta CallReady ToolFinished TurnFinished PrefillProgress Finished
+TextDelta OutputDelta FieldStarted FieldDelta FieldReady CallStarted ArgumentDelta CallReady
+ToolFinished TurnFinished PrefillProgress Finished
 AgentError CapacityError EngineError ModelError SchemaError StoreError
 scripted call reply final
 """

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from agentkit.fields import FieldReady
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.grammar import ChoiceSpec, Grammar, GrammarCompiler, GrammarSpec, JsonSpec, RegexSpec
 from agentkit.runtime.text import Detokenizer, Piece
@@ -212,7 +213,8 @@ def test_a_typed_output_does_not_suppress_calls_nor_end_in_text(model: Setting):
     for text in ('{"answer": "x"}', ' {"answer": 1}', '{"other'):
         assert grammar.matcher().validate(model.vocab.encode(text)) < len(model.vocab.encode(text))
     found = events(model, answer, ANSWER)
-    assert all(isinstance(event, OutputDelta) for event in found)
+    assert not any(isinstance(event, TextDelta | CallStarted) for event in found)
+    assert found[-1] == FieldReady((), {"answer": 42})
     assert "".join(event.text for event in found if isinstance(event, OutputDelta)) == '{"answer": 42}'
     found = events(model, model.encode("I look.", [Call("now", {})]), ANSWER)
     assert text_of(found).strip() == "I look."
