@@ -84,11 +84,14 @@ def one_at_a_time(engine: Engine) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_list_keeps_its_order_and_one_failure_does_not_sink_the_rest() -> None:
+async def test_a_list_keeps_its_order_and_one_failure_does_not_sink_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     texts = ["first", "  ", "third", "fourth"]
     with scripted(final({"number": 2}), final({"number": 3}), final({"number": 5}), final({"number": 4})) as engine:
         one_at_a_time(engine)
-        found = await extract(texts, Even)
+        found = await extract(texts, Even, progress=True)
+    assert "4/4" in capsys.readouterr().err
     assert isinstance(found[0], Extracted)
     assert found[0].output == Even(number=2)
     assert isinstance(found[1], Failed)
