@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from agentkit.agent import Agent as Agent
     from agentkit.agent import Run as Run
     from agentkit.decision import Decision as Decision
-    from agentkit.extraction import Extracted as Extracted
+    from agentkit.extraction import Failed as Failed
     from agentkit.extraction import extract as extract
+    from agentkit.extractor import Extracted as Extracted
     from agentkit.fields import FieldDelta as FieldDelta
     from agentkit.fields import FieldReady as FieldReady
     from agentkit.fields import FieldStarted as FieldStarted
@@ -65,7 +66,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "agent": ["Agent", "Run"],
     "decision": ["Decision"],
-    "extraction": ["Extracted", "extract"],
+    "extraction": ["Failed", "extract"],
+    "extractor": ["Extracted"],
     "fields": ["FieldDelta", "FieldReady", "FieldStarted"],
     "limits": ["Limits"],
     "loading": ["load"],

@@ -6,6 +6,7 @@ does not depend on how long the conversation is: ids are appended, the prefix is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from agentkit.runtime.errors import AgentError, CapacityError, DocumentError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import JsonSpec
 from agentkit.runtime.pins import Pin
-from agentkit.runtime.request import Finish, Progress, Request, Sampling, Usage
+from agentkit.runtime.request import Chunk, Finish, Progress, Request, Sampling, Usage
 from agentkit.runtime.text import Detokenizer
 from agentkit.template import Assistant, Call, Message, ToolResult, User
 from agentkit.tool import RunContext, Tool
@@ -126,6 +127,7 @@ class _Turn:
     calls: list[Call] = field(default_factory=list[Call])
     records: dict[int, CallRecord] = field(default_factory=dict[int, CallRecord])
     ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])  # of the ids, where they were asked for
     finish: Finish | None = None
     sound: int = 0  # ids of what it says and of its complete calls
     rejected: DocumentError | None = None  # it ended in a document that fails its schema
@@ -181,6 +183,7 @@ class Loop(Generic[Out]):
     async def _run(self, messages: Sequence[Message]) -> RunResult[Out]:
         self.transcript.append(*messages)
         retried = False
+        logprobs: Sequence[float] = ()
         while not self._stopped:
             reached = self.meter.reached
             turn = await self._turn(reached)
@@ -196,6 +199,7 @@ class Loop(Generic[Out]):
                 self.transcript.append(*self._results(turn))
             if turn.calls and turn.rejected is None:
                 continue
+            logprobs = turn.logprobs
             if turn.stopped:
                 break
             cut = turn.finish is not None and turn.finish.reason == "length"
@@ -203,13 +207,14 @@ class Loop(Generic[Out]):
             try:
                 if turn.rejected is not None:
                     raise OutputError(str(turn.rejected)) from turn.rejected
-                return self._result(text if self.job.constraint is None else self.job.constraint.parse(text), stop)
+                output = text if self.job.constraint is None else self.job.constraint.parse(text)
+                return self._result(output, stop, turn.logprobs)
             except OutputError as error:
                 if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
                     raise
                 retried = True
                 self.transcript.append(User(f"This answer is not accepted: {error}. Answer again."))
-        return self._result(self.so_far(), "stopped")
+        return self._result(self.so_far(), "stopped", logprobs)
 
     # prepare
 
@@ -289,6 +294,8 @@ class Loop(Generic[Out]):
                     turn.unfinished = True  # the way out of text is a call that the model has not chosen
                     continue
                 turn.ids.extend(chunk.ids)
+                if self.job.sampling.logprobs is not None:
+                    turn.logprobs += _logprobs(chunk)
                 act = self._refuse if chunk.closing else self._act
                 for piece in detokenizer.feed_many(chunk.ids):
                     self._take(turn, parser.feed(piece), partial(start, act))
@@ -419,7 +426,7 @@ class Loop(Generic[Out]):
         note = f"\n[... cut: {count} tokens, shown are the first and last {half}; ask for a smaller part ...]\n"
         return vocab.decode(head[:half]) + note + vocab.decode(tail[-half:])
 
-    def _result(self, output: Any, stop: Stop) -> RunResult[Any]:
+    def _result(self, output: Any, stop: Stop, logprobs: Sequence[float]) -> RunResult[Any]:
         return RunResult(
             output=output,
             stop=stop,
@@ -427,4 +434,13 @@ class Loop(Generic[Out]):
             calls=tuple(self.records),
             seconds=time.monotonic() - self.meter.started,
             session=Session(self.transcript, self.job.engine),
+            logprobs=tuple(logprobs),
         )
+
+
+def _logprobs(chunk: Chunk) -> list[float]:
+    """Of each id: what the grammar forced is certain, what closes the output at its budget's end was not chosen."""
+    if chunk.closing:
+        return [-math.inf] * len(chunk.ids)
+    first = 0.0 if chunk.score is None else chunk.score.logprob
+    return [first, *[0.0] * (len(chunk.ids) - 1)]

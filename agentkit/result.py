@@ -113,6 +113,9 @@ class RunResult(Generic[Out]):
         calls: every tool call, in order.
         seconds: wall-clock time.
         session: to go on from.
+        logprobs: natural log-probability of each id of the last turn, under the model's own distribution: 0 where the
+            grammar left no choice, minus infinity where it was the end of the budget that chose. Empty unless
+            `Sampling.logprobs` is set.
     """
 
     output: Out
@@ -121,6 +124,7 @@ class RunResult(Generic[Out]):
     calls: tuple[CallRecord, ...]
     seconds: float
     session: Session
+    logprobs: tuple[float, ...] = ()
 
     @property
     def transcript(self) -> Transcript:

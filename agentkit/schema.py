@@ -106,6 +106,32 @@ def clean(schema: Json) -> Json:
     return cleaned
 
 
+def described(schema: Json) -> list[str]:
+    """A line for each field that has a description, ``- items.price: what it costs``, in the order of the schema.
+
+    References into ``$defs`` are followed, but never into a definition from within itself.
+    """
+    lines: list[str] = []
+    _describe(schema, schema.get("$defs", {}), "", frozenset(), lines)
+    return lines
+
+
+def _describe(schema: Json, defs: Json, path: str, seen: frozenset[str], lines: list[str]) -> None:
+    name = str(schema.get("$ref", "")).rpartition("/")[2]
+    if name in defs and name not in seen:
+        _describe(defs[name], defs, path, seen | {name}, lines)
+    inner = [schema.get("items"), *(option for key in ("anyOf", "oneOf", "allOf") for option in schema.get(key, []))]
+    for part in inner:
+        if isinstance(part, dict):
+            _describe(cast("Json", part), defs, path, seen, lines)
+    for name, member in cast("dict[str, Any]", schema.get("properties", {})).items():
+        if isinstance(member, dict):
+            here, part = f"{path}.{name}" if path else name, cast("Json", member)
+            if text := " ".join(str(part.get("description", "")).split()):
+                lines.append(f"- {here}: {text}")
+            _describe(part, defs, here, seen, lines)
+
+
 def signature(schema: Json) -> str:
     """The arguments on one line, ``path: str, limit: int = 200``, for a model too small to read JSON schema.
 

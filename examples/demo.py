@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from agentkit import (
     Agent,
     CallReady,
+    Failed,
     Finished,
     Limits,
     OutputDelta,
@@ -119,9 +120,14 @@ async def records(engine: Any) -> Usage:
         instructions="Extract company, date and total from the text. Answer with JSON.",
         max_tokens=96,
     )
+    usage = Usage()
     for file, record in zip(files, found, strict=True):
-        print(f"  {file.name:<14}{record.output!r}")
-    return sum((record.usage for record in found), Usage())
+        if isinstance(record, Failed):
+            print(f"  {file.name:<14}failed: {record.error}")
+        else:
+            print(f"  {file.name:<14}{record.output!r}")
+            usage += record.usage
+    return usage
 
 
 async def main() -> None:

@@ -111,6 +111,11 @@ class Vocabulary:
         """
         return self._plain.encode(self._expressible(text), add_special_tokens=False).ids
 
+    def starts(self, text: str) -> list[int]:
+        """Where each id of ``encode(text)`` begins, in characters of `text`; it never falls."""
+        encoding = self._plain.encode(self._expressible(text), add_special_tokens=False)
+        return [start for start, _ in encoding.offsets]
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; a control token's text in UTF-8; ``b""`` for an id that pads the model.
 

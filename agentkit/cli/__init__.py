@@ -28,12 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(argv)
-    except SystemExit as stop:  # how argparse ends after --help (0) and bad usage (2)
-        return int(stop.code or 0)
-    try:
         code = args.command(args)
         sys.stdout.flush()
         return code
+    except SystemExit as stop:  # how argparse ends after --help (0) and bad usage (2)
+        return int(stop.code or 0)
     except AgentError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1

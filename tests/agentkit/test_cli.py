@@ -426,7 +426,7 @@ def test_extract_goes_on_past_bad_files(tmp_path: Path) -> None:
     contents = {
         "a.txt": b"Anna has paid.",
         "latin.txt": "Jürgen".encode("latin-1"),
-        "long.txt": b"word " * 20_000,
+        "long.txt": b"word " * 1_500,
         "b.txt": "Jürgen has not paid.".encode(),
     }
     for name, content in contents.items():
@@ -439,14 +439,72 @@ def test_extract_goes_on_past_bad_files(tmp_path: Path) -> None:
     assert done.code == 1
     assert [line["file"] for line in done.lines] == files
     errors = {index: line["error"] for index, line in enumerate(done.lines) if "error" in line}
-    assert errors.keys() == {1, 2, 3}
+    assert errors.keys() == {1, 2}
     assert "cannot be read" in errors[1]
-    assert "not UTF-8" in errors[2]
-    assert "tokens" in errors[3]
-    for index in (0, 4, 5):
+    assert errors[2] == f"{files[2]} is not UTF-8 (byte 1). Convert it first."
+    for index in (0, 3, 4, 5):
         data = done.lines[index]["data"]
         assert list(data) == ["name", "paid"]
         assert isinstance(data["paid"], bool)
+        assert list(done.lines[index]["evidence"]) == ["/name", "/paid"]
+    assert len(done.lines[3]["parts"]) > 1
+    assert "parts" not in done.lines[0]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_extract_goes_on_where_an_earlier_call_was_killed(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(f"{name} has paid.")
+    (tmp_path / "late").write_bytes(b"\xff")
+    schema, out = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    schema.write_text(json.dumps(SCHEMA))
+    command = ["extract", str(schema), *(str(tmp_path / name) for name in ("c", "late", "a", "b")), "-o", str(out)]
+    done = invoke(*command)
+    assert (done.code, done.out) == (1, "")
+    first = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [Path(line["file"]).name for line in first] == ["c", "late", "a", "b"]
+
+    whole = out.read_bytes()
+    out.write_bytes(whole[: whole.rindex(b'"data"')])  # killed while it wrote the last line
+    (tmp_path / "a").write_text("Someone else has paid.")
+    (tmp_path / "late").write_text("late has paid.")
+    done = invoke(*command)
+    assert (done.code, done.err) == (0, "1 of 4 files had been read before\n")
+    second = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["file"] for line in second] == [line["file"] for line in first]
+    assert second[0] == first[0]
+    assert second[3]["data"] == first[3]["data"]
+    assert second[2]["key"] != first[2]["key"]
+    assert invoke(*command).err == "4 of 4 files had been read before\n"
+    assert "of 4" not in invoke(*command, "--instructions", "Read.").err
+
+    out.write_text("1,2\n")
+    done = invoke(*command)
+    assert done.code == 1
+    assert "line 1" in done.err
+    assert out.read_text() == "1,2\n"
+    out.write_text("no line of ours")
+    assert invoke(*command).code == 1
+    assert out.read_text() == "no line of ours"
+
+
+def test_explain_reports_on_a_schema_without_a_model(
+    tmp_path: Path, tools: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load", lambda model: pytest.fail("a model is loaded"))
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    assert invoke("extract", str(schema), "--explain") == Done(0, "exact: the grammar enforces all of it\n", "")
+    word = {"type": "string", "format": "word"}
+    schema.write_text(json.dumps({**SCHEMA, "properties": {"name": word, "paid": {"type": "boolean"}}}))
+    done = invoke("extract", str(schema), "--explain")
+    assert done.code == 0
+    assert done.out.startswith("exact  /properties/name  format  'word' is an annotation")
+    schema.write_text('{"type": "no-such-type"}')
+    done = invoke("extract", str(schema), "--explain")
+    assert done.code == 1
+    assert done.out.startswith("refused  /type")
+    assert invoke("extract", f"{tools}:Answer", "--explain").code == 0
 
 
 @pytest.mark.usefixtures("loaded")

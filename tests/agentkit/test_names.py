@@ -7,7 +7,7 @@ import agentkit
 NAMES = """
 Agent Run RunResult CallRecord Session Restored
 tool Tool RunContext ToolError
-extract Extracted Decision Limits load Options Sampling Usage OutputError
+extract Extracted Failed Decision Limits load Options Sampling Usage OutputError
 TextDelta OutputDelta FieldStarted FieldDelta FieldReady CallStarted ArgumentDelta CallReady
 ToolFinished TurnFinished PrefillProgress Finished
 AgentError CapacityError EngineError ModelError SchemaError StoreError
