@@ -1,0 +1,259 @@
+"""One schema of JSONSchemaBench and its instances, put to one backend."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jsonschema
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
+
+from bench.backends import Backend, Compiled, Refused, Walk, write
+
+Json = dict[str, Any]
+
+MOST_TOKENS = 4096  # of an instance; the rest is only judged by whether it is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One instance.
+
+    Attributes:
+        valid: what the bench says.
+        judged: what jsonschema says.
+        accepted: by the grammar, and where the schema is `verified` by jsonschema too.
+        masked: tokens that the mask excluded although they could be taken.
+        reason: why a valid instance was not accepted as it is: ``order`` of keys (it was in another), ``bound`` (a
+            number or a length beyond our own), ``text`` (the tokenizer writes it otherwise), ``other``.
+        where: the text up to the first token that was not taken.
+    """
+
+    valid: bool
+    judged: bool
+    accepted: bool
+    masked: int = 0
+    reason: str = ""
+    where: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Invalid by the bench and by jsonschema, and it came through."""
+        return self.accepted and not self.valid and not self.judged
+
+    @property
+    def mislabelled(self) -> bool:
+        """Invalid by the bench, not by jsonschema, and it came through."""
+        return self.accepted and not self.valid and self.judged
+
+    @property
+    def right(self) -> bool:
+        """Valid and taken (in whatever order of keys), or invalid and not."""
+        return (self.accepted or self.reason == "order") if self.valid else not self.accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a backend made of one schema.
+
+    Attributes:
+        status: ``exact``, ``verified``, ``refused``, or how its process was lost.
+        milliseconds: CPU time of compiling it, until the first mask can be asked for.
+        masks: nanoseconds of each mask over valid instances, uint32.
+    """
+
+    group: str
+    id: str
+    status: str
+    reason: str = ""
+    milliseconds: float = 0.0
+    masks: bytes = b""
+    trials: tuple[Trial, ...] = ()
+
+
+def examine(backend: Backend, group: str, line: str) -> Outcome:
+    """Compile the schema of `line` and try its instances."""
+    case = json.loads(line)
+    schema = case["schema"]
+    text = json.dumps(schema)
+    begin = time.process_time()
+    try:
+        compiled = backend.compile(text)
+    except Refused as error:
+        return Outcome(group, case["id"], "refused", " ".join(str(error).split())[:300], _since(begin))
+    spent = _since(begin)
+    masks = array("I")
+    judge = _judge(schema)
+    trials = [_trial(backend, compiled, schema, judge, test, masks) for test in case["tests"]]
+    return Outcome(
+        group, case["id"], compiled.status, compiled.reason[:300], spent, masks.tobytes(), tuple(filter(None, trials))
+    )
+
+
+def _since(begin: float) -> float:
+    return 1e3 * (time.process_time() - begin)
+
+
+def _judge(schema: Any) -> Validator:
+    kind = validator_for(schema, default=jsonschema.Draft202012Validator)
+    return kind(schema, format_checker=kind.FORMAT_CHECKER)
+
+
+def _trial(
+    backend: Backend, compiled: Compiled, schema: Any, judge: Validator, test: Json, masks: array[int]
+) -> Trial | None:
+    value, valid = test["data"], bool(test["valid"])
+    try:
+        judged = judge.is_valid(value)
+        value = ordered(value, schema, judge)
+    except Exception as error:  # a $ref to another document, a pattern that Python does not read
+        if compiled.status == "verified":
+            return Trial(valid, False, False, reason="judge" if valid else "", where=str(error)[:100])
+        judged = valid
+
+    def walk(value: object, times: bool = False) -> tuple[Walk, list[int]]:
+        ids = backend.vocab.encode(write(value))
+        walk = backend.walk(compiled, ids, masks=times and len(ids) <= MOST_TOKENS)
+        return walk, ids
+
+    first, ids = walk(value, times=valid)
+    if valid:
+        masks.extend(min(nanoseconds, 2**32 - 1) for nanoseconds in first.nanoseconds)
+    accepted = first.accepted and (judged or compiled.status == "exact")
+    if accepted or not valid:
+        return Trial(valid, judged, accepted, first.masked)
+    where = backend.vocab.decode(ids[: first.taken])[-60:] + "⟂" + backend.vocab.decode(ids[first.taken :])[:20]
+    reason = "judge" if first.accepted else _reason(test["data"], value, lambda v: walk(v)[0].accepted, judge, backend)
+    return Trial(valid, judged, False, first.masked, reason, where)
+
+
+def _reason(given: object, value: object, accepts: Callable[[object], bool], judge: Validator, backend: Backend) -> str:
+    """What must be changed in a valid instance for it to be accepted."""
+    text = write(value)
+    if backend.vocab.decode(backend.vocab.encode(text)) != text:
+        return "text"
+    if not judge.is_valid(value):
+        return "label"
+    turned = [given, reordered(value, lambda keys: sorted(keys)), reordered(value, lambda keys: keys[::-1])]
+    if any(accepts(other) for other in turned):
+        return "order"
+    plain = bounded(value)
+    if plain != value and any(accepts(other) for other in (plain, *map(bounded, turned))):
+        return "bound"
+    return "other"
+
+
+def reordered(value: object, order: Callable[[list[str]], list[str]]) -> object:
+    """`value` with the keys of every object in another order."""
+    if isinstance(value, dict):
+        members = cast("Json", value)
+        return {key: reordered(members[key], order) for key in order(list(members))}
+    if isinstance(value, list):
+        return [reordered(item, order) for item in cast("list[object]", value)]
+    return value
+
+
+def bounded(value: object) -> object:
+    """`value` within the bounds that our front end sets of its own: digits of numbers, lengths of arrays."""
+    if isinstance(value, dict):
+        return {key: bounded(member) for key, member in cast("Json", value).items()}
+    if isinstance(value, list):
+        return [bounded(item) for item in cast("list[object]", value)[:1024]]
+    if isinstance(value, float):
+        rounded = round(value, 6) if math.isfinite(value) and abs(value) < 1e15 else 0.5
+        return int(rounded) if rounded == int(rounded) else rounded
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(-(10**14), min(10**14, value))
+    return value
+
+
+def ordered(value: object, schema: object, judge: Validator) -> object:
+    """`value` with its keys in the order in which `schema` declares them, those it does not name after them."""
+    return _ordered(value, list(_applying(schema, value, judge, set())), judge)
+
+
+def _ordered(value: object, parts: list[Json], judge: Validator) -> object:
+    if isinstance(value, dict):
+        members = cast("Json", value)
+        named = [name for part in parts for name in part.get("properties", {})]
+        named += [name for part in parts for name in _names(part.get("required"))]
+        rank = {name: i for i, name in enumerate(dict.fromkeys(named))}
+        keys = sorted(members, key=lambda key: rank.get(key, len(rank)))
+        return {key: _inner(members[key], [s for p in parts for s in _of_key(p, key)], judge) for key in keys}
+    if isinstance(value, list):
+        items = cast("list[object]", value)
+        return [_inner(item, [s for p in parts for s in _of_item(p, i)], judge) for i, item in enumerate(items)]
+    return value
+
+
+def _inner(value: object, schemas: list[object], judge: Validator) -> object:
+    return _ordered(value, [part for schema in schemas for part in _applying(schema, value, judge, set())], judge)
+
+
+def _names(required: object) -> list[str]:
+    return cast("list[str]", required) if isinstance(required, list) else []  # draft 3 had a boolean
+
+
+def _of_key(part: Json, key: str) -> Iterator[object]:
+    named = part.get("properties", {})
+    if key in named:
+        yield named[key]
+    matching = [member for pattern, member in part.get("patternProperties", {}).items() if re.search(pattern, key)]
+    yield from matching
+    if key not in named and not matching:
+        yield part.get("additionalProperties")
+    yield part.get("unevaluatedProperties")
+
+
+def _of_item(part: Json, i: int) -> Iterator[object]:
+    items = part.get("items")
+    leading = items if isinstance(items, list) else part.get("prefixItems", [])
+    if i < len(leading):
+        yield leading[i]
+    else:
+        yield part.get("additionalItems") if isinstance(items, list) else items
+    yield part.get("contains")
+
+
+def _applying(schema: object, value: object, judge: Validator, seen: set[int]) -> Iterator[Json]:
+    """The schemas that say something about `value` itself: `schema`, what it refers to, and its branches that fit."""
+    if not isinstance(schema, dict) or id(cast("object", schema)) in seen:
+        return
+    part = cast("Json", schema)
+    seen.add(id(part))
+    yield part
+    for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+        if isinstance(reference := part.get(key), str) and reference.startswith("#"):
+            yield from _applying(_target(judge.schema, reference), value, judge, seen)
+    for key in ("allOf", "anyOf", "oneOf"):
+        branches = part.get(key, [])
+        fitting = [branch for branch in branches if key == "allOf" or judge.evolve(schema=branch).is_valid(value)]
+        for branch in fitting or branches:
+            yield from _applying(branch, value, judge, seen)
+    if "if" in part:
+        branch = part.get("then" if judge.evolve(schema=part["if"]).is_valid(value) else "else")
+        yield from _applying(part["if"], value, judge, seen)
+        yield from _applying(branch, value, judge, seen)
+    if isinstance(value, dict):
+        for key in ("dependentSchemas", "dependencies"):
+            for name, dependent in part.get(key, {}).items():
+                if name in value:
+                    yield from _applying(dependent, value, judge, seen)
+
+
+def _target(root: Any, reference: str) -> object:
+    place: Any = root
+    for key in reference[1:].split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~").replace("%25", "%")
+        try:
+            place = place[int(key) if isinstance(place, list) else key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return place
