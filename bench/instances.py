@@ -14,7 +14,9 @@ from typing import Any, cast
 import jsonschema
 from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
+from jsonschema_specifications import REGISTRY
 
+from agentkit.runtime.vocab import Vocabulary
 from bench.backends import Backend, Compiled, Refused, Walk, write
 
 Json = dict[str, Any]
@@ -32,7 +34,8 @@ class Trial:
         accepted: by the grammar, and where the schema is `verified` by jsonschema too.
         masked: tokens that the mask excluded although they could be taken.
         reason: why a valid instance was not accepted as it is: ``order`` of keys (it was in another), ``bound`` (a
-            number or a length beyond our own), ``text`` (the tokenizer writes it otherwise), ``other``.
+            number or a length beyond our own, an integer written 1.0), ``text`` (no text can hold it), ``label``
+            (jsonschema finds it invalid), ``judge`` (jsonschema cannot tell), ``other``.
         where: the text up to the first token that was not taken.
     """
 
@@ -91,10 +94,8 @@ def examine(backend: Backend, group: str, line: str) -> Outcome:
     spent = _since(begin)
     masks = array("I")
     judge = _judge(schema)
-    trials = [_trial(backend, compiled, schema, judge, test, masks) for test in case["tests"]]
-    return Outcome(
-        group, case["id"], compiled.status, compiled.reason[:300], spent, masks.tobytes(), tuple(filter(None, trials))
-    )
+    trials = tuple(_trial(backend, compiled, schema, judge, test, masks) for test in case["tests"])
+    return Outcome(group, case["id"], compiled.status, compiled.reason[:300], spent, masks.tobytes(), trials)
 
 
 def _since(begin: float) -> float:
@@ -103,49 +104,63 @@ def _since(begin: float) -> float:
 
 def _judge(schema: Any) -> Validator:
     kind = validator_for(schema, default=jsonschema.Draft202012Validator)
-    return kind(schema, format_checker=kind.FORMAT_CHECKER)
+    # A registry of its own: the default one fetches what a $ref names from the network.
+    return kind(schema, format_checker=kind.FORMAT_CHECKER, registry=REGISTRY)
 
 
-def _trial(
-    backend: Backend, compiled: Compiled, schema: Any, judge: Validator, test: Json, masks: array[int]
-) -> Trial | None:
+def _trial(backend: Backend, compiled: Compiled, schema: Any, judge: Validator, test: Json, masks: array[int]) -> Trial:
     value, valid = test["data"], bool(test["valid"])
     try:
         judged = judge.is_valid(value)
+        written = _written(value, backend.vocab)
+        if written != value:  # the tokenizer normalises: what it writes is another instance
+            value, valid = written, judge.is_valid(written)
+            judged = valid
         value = ordered(value, schema, judge)
-    except Exception as error:  # a $ref to another document, a pattern that Python does not read
+    except Exception as error:  # a $ref to nowhere, a pattern that Python does not read: then nobody judges
         if compiled.status == "verified":
             return Trial(valid, False, False, reason="judge" if valid else "", where=str(error)[:100])
         judged = valid
 
-    def walk(value: object, times: bool = False) -> tuple[Walk, list[int]]:
-        ids = backend.vocab.encode(write(value))
-        walk = backend.walk(compiled, ids, masks=times and len(ids) <= MOST_TOKENS)
-        return walk, ids
+    def walk(value: object, timed: bool = False) -> tuple[Walk, list[int]]:
+        try:
+            ids = backend.vocab.encode(write(value))
+        except UnicodeEncodeError:  # half a surrogate pair: JSON can escape it, no text can hold it
+            return Walk(), []
+        return backend.walk(compiled, ids, masks=timed and len(ids) <= MOST_TOKENS), ids
 
-    first, ids = walk(value, times=valid)
+    first, ids = walk(value, timed=valid)
     if valid:
         masks.extend(min(nanoseconds, 2**32 - 1) for nanoseconds in first.nanoseconds)
     accepted = first.accepted and (judged or compiled.status == "exact")
     if accepted or not valid:
         return Trial(valid, judged, accepted, first.masked)
     where = backend.vocab.decode(ids[: first.taken])[-60:] + "⟂" + backend.vocab.decode(ids[first.taken :])[:20]
-    reason = "judge" if first.accepted else _reason(test["data"], value, lambda v: walk(v)[0].accepted, judge, backend)
+    if not judged:
+        return Trial(valid, judged, False, first.masked, "label", where)
+    reason = _reason(value, lambda other: walk(other)[0].accepted)
     return Trial(valid, judged, False, first.masked, reason, where)
 
 
-def _reason(given: object, value: object, accepts: Callable[[object], bool], judge: Validator, backend: Backend) -> str:
+def _written(value: object, vocab: Vocabulary) -> object:
+    """`value` as it is after a tokenizer; itself where no text can hold it."""
+    try:
+        return json.loads(vocab.decode(vocab.encode(write(value))))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return value
+
+
+def _reason(value: object, accepts: Callable[[object], bool]) -> str:
     """What must be changed in a valid instance for it to be accepted."""
-    text = write(value)
-    if backend.vocab.decode(backend.vocab.encode(text)) != text:
+    try:
+        write(value).encode()
+    except UnicodeEncodeError:
         return "text"
-    if not judge.is_valid(value):
-        return "label"
-    turned = [given, reordered(value, lambda keys: sorted(keys)), reordered(value, lambda keys: keys[::-1])]
+    turned = [reordered(value, sorted), reordered(value, lambda keys: keys[::-1])]
     if any(accepts(other) for other in turned):
         return "order"
     plain = bounded(value)
-    if plain != value and any(accepts(other) for other in (plain, *map(bounded, turned))):
+    if write(plain) != write(value) and any(accepts(other) for other in (plain, *map(bounded, turned))):
         return "bound"
     return "other"
 

@@ -147,7 +147,7 @@ def load(folder: Path, only: list[str]) -> dict[str, list[str]]:
     if missing:
         raise SystemExit(
             f"{folder} has no {missing[0]}.jsonl.gz. Pass --data DIR (or set AGENTKIT_DATA to its parent): a folder "
-            "with one gzipped file of JSON lines {id, schema, tests: [{valid, data}]} a class, made from the maskbench/data "
+            "with one gzipped file of JSON lines {id, schema, tests: [{valid, data}]} a class, made from maskbench/data "
             "of github.com/guidance-ai/jsonschemabench. It states no licence, so it is not part of this project."
         )
     lines: dict[str, list[str]] = {}
