@@ -53,12 +53,14 @@ class Walk:
         taken: ids accepted before the first that was not.
         accepted: all ids were, and the output may end there.
         masked: ids that could be taken although the mask excluded them, which no decoder would ever reach.
+        broken: the backend gave up half-way, and said so.
         nanoseconds: thread CPU time of each mask.
     """
 
     taken: int = 0
     accepted: bool = False
     masked: int = 0
+    broken: bool = False
     nanoseconds: list[int] = field(default_factory=list)
 
 
@@ -96,7 +98,10 @@ class Ours:
     def walk(self, compiled: Compiled, ids: list[int], masks: bool) -> Walk:
         grammar: Grammar = compiled.state
         matcher = grammar.matcher()
-        return _walk(ids, masks, matcher.fill, matcher.advance, matcher.can_stop)
+        try:
+            return _walk(ids, masks, matcher.fill, matcher.advance, matcher.can_stop)
+        except SchemaError:
+            return Walk(broken=True)
 
 
 class LLGuidance:

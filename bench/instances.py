@@ -33,8 +33,8 @@ class Trial:
         judged: what jsonschema says.
         accepted: by the grammar, and where the schema is `verified` by jsonschema too.
         masked: tokens that the mask excluded although they could be taken.
-        reason: why a valid instance was not accepted as it is: ``order`` of keys (it was in another), ``bound`` (a
-            number or a length beyond our own, an integer written 1.0), ``text`` (no text can hold it), ``label``
+        reason: why a valid instance was not accepted as it is: ``order`` of keys (it was in another), ``complex``
+            (the backend gave up half-way), ``bound`` (a number or a length beyond our own, an integer written 1.0), ``text`` (no text can hold it), ``label``
             (jsonschema finds it invalid), ``judge`` (jsonschema cannot tell), ``other``.
         where: the text up to the first token that was not taken.
     """
@@ -138,6 +138,8 @@ def _trial(backend: Backend, compiled: Compiled, schema: Any, judge: Validator, 
     where = backend.vocab.decode(ids[: first.taken])[-60:] + "⟂" + backend.vocab.decode(ids[first.taken :])[:20]
     if not judged:
         return Trial(valid, judged, False, first.masked, "label", where)
+    if first.broken:
+        return Trial(valid, judged, False, reason="complex")
     reason = _reason(value, lambda other: walk(other)[0].accepted)
     return Trial(valid, judged, False, first.masked, reason, where)
 

@@ -10,7 +10,8 @@ sample beside them. Every backend works in processes of its own under a time-out
     exact       the grammar alone promises a valid document        verified   it is wider: jsonschema judges the end
     wrong       an invalid instance comes through (by the grammar, where verified by grammar and judge): target 0
     label       the same, but jsonschema finds no fault with the instance either
-    rejected    a valid instance does not come through; `order`: only in another order of its keys
+    rejected    a valid instance does not come through: `order`: only in another order of its keys; `bound`: for a number
+                beyond our own bounds; `complex`: llguidance gave up half-way; `other`
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def load(folder: Path, only: list[str]) -> dict[str, list[str]]:
     if missing:
         raise SystemExit(
             f"{folder} has no {missing[0]}.jsonl.gz. Pass --data DIR (or set AGENTKIT_DATA to its parent): a folder "
-            "with one gzipped file of JSON lines {id, schema, tests: [{valid, data}]} a class, made from maskbench/data "
+            "with one gzipped file of JSON lines {id, schema, tests: [{valid, data}]} a class, from maskbench/data "
             "of github.com/guidance-ai/jsonschemabench. It states no licence, so it is not part of this project."
         )
     lines: dict[str, list[str]] = {}

@@ -107,6 +107,6 @@ def _serve(name: str, connection: Connection) -> None:
         group, line = connection.recv()
         try:
             answer = examine(backend, group, line)
-        except MemoryError:
-            answer = Outcome(group, json.loads(line)["id"], "lost", "out of memory")
+        except Exception as error:  # of a library, or of this bench
+            answer = Outcome(group, json.loads(line)["id"], "lost", repr(error))
         connection.send(answer)

@@ -7,8 +7,8 @@ Every case of drafts 2020-12 and 7, with their optional formats, is put to the g
     wrong       an invalid instance comes through, and jsonschema finds it invalid too
     lenient     it comes through, and jsonschema takes it as well
     rejected    a valid instance does not come through: `bound`: a number beyond our own bounds, or written otherwise
-                (1.0 for an integer); `order`: only in another order of its keys; `text`: half a surrogate pair; `label`:
-                jsonschema rejects it too (it enforces formats, annotations in the suite's main part); `other`
+                (1.0 for an integer); `order`: only in another order of its keys; `text`: half a surrogate pair;
+                `label`: jsonschema rejects it too (it enforces formats, annotations in the suite's main part); `other`
     jsonschema  cases in which jsonschema differs from the suite
 """
 
