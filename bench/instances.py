@@ -33,9 +33,9 @@ class Trial:
         judged: what jsonschema says.
         accepted: by the grammar, and where the schema is `verified` by jsonschema too.
         masked: tokens that the mask excluded although they could be taken.
-        reason: why a valid instance was not accepted as it is: ``order`` of keys (it was in another), ``complex``
-            (the backend gave up half-way), ``bound`` (a number or a length beyond our own, an integer written 1.0), ``text`` (no text can hold it), ``label``
-            (jsonschema finds it invalid), ``judge`` (jsonschema cannot tell), ``other``.
+        reason: why a valid instance was not accepted as it is. ``order``: in another order of keys it was; ``bound``: a
+            number or a length beyond our own, an integer written 1.0; ``complex``: the backend gave up half-way;
+            ``text``: no text can hold it; ``label``: jsonschema finds it invalid; ``judge``: it cannot tell; ``other``.
         where: the text up to the first token that was not taken.
     """
 

@@ -10,8 +10,8 @@ sample beside them. Every backend works in processes of its own under a time-out
     exact       the grammar alone promises a valid document        verified   it is wider: jsonschema judges the end
     wrong       an invalid instance comes through (by the grammar, where verified by grammar and judge): target 0
     label       the same, but jsonschema finds no fault with the instance either
-    rejected    a valid instance does not come through: `order`: only in another order of its keys; `bound`: for a number
-                beyond our own bounds; `complex`: llguidance gave up half-way; `other`
+    rejected    a valid instance does not come through: `order`: only in another order of its keys; `bound`: for a
+                number beyond our own bounds; `complex`: llguidance gave up half-way; `other`
 """
 
 from __future__ import annotations
