@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,14 +24,20 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from agentkit.runtime.closing import Candidates, Hints, Search, complete, example
+from agentkit.runtime.cache import Cache
+from agentkit.runtime.closing import Candidates, Hints, example
 from agentkit.runtime.errors import EngineError, SchemaError
 from agentkit.runtime.schema.front import Style, examples, inline, limits, summary
 from agentkit.runtime.schema.report import SchemaReport
+from agentkit.runtime.search import Search
 from agentkit.runtime.vocab import Vocabulary
 
-_CACHE = 512
-_LONGEST_MINIMUM = 8192
+#: Bytes of compiled grammars that are remembered, by estimate: measured were 0.25 MB, and 160 for each byte of text.
+_CACHE_BYTES, _GRAMMAR_BYTES, _TEXT_FACTOR = 256 << 20, 256 << 10, 160
+#: Characters of a grammar of any kind; a JSON schema has a limit of its own.
+_MOST_TEXT = 1 << 20
+#: Tokens of the shortest output, and seconds of CPU time that finding it may take: else the schema asks for too much.
+_LONGEST_MINIMUM, _PATIENCE = 8192, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +112,11 @@ class Grammar:
         self._search = Search(tables.candidates, hints, tables.words)
         # What is open at any time can hardly need more tokens than the whole schema has.
         self.reserve = min(max(128, size // 3), 2048)
-        shortest = self.matcher().completion(_LONGEST_MINIMUM)
+        shortest = self.matcher().completion(_LONGEST_MINIMUM, _PATIENCE)
         if shortest is None:
             raise SchemaError(
                 "No output satisfies this grammar, or only one that is too long. Look for limits that "
-                "contradict each other (required properties, patterns with lengths)."
+                "contradict each other (required properties, patterns with lengths), and for large minima."
             )
         self.minimum = len(shortest)
 
@@ -235,10 +241,14 @@ class Matcher:
         fork._ids, fork._ended = self._ids.copy(), self._ended
         return fork
 
-    def completion(self, limit: int) -> list[int] | None:
-        """A short list of at most `limit` ids after which the output may stop; None if none was found."""
+    def completion(self, limit: int, seconds: float = math.inf) -> list[int] | None:
+        """A short list of at most `limit` ids after which the output may stop; None if none was found.
+
+        Args:
+            seconds: of CPU time that finding it may take.
+        """
         text = b"".join(map(self._tables.vocab.token_bytes, self._ids))
-        return complete(self, self._search, text, limit)
+        return self._search.run(self, text, limit, seconds)
 
     def _require_sound(self) -> None:
         if self._llm.is_error():
@@ -248,7 +258,7 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary on a thread of its own, and remembers the last 512.
+    """Compiles grammars for one vocabulary on a thread of its own, and remembers the last 256 MB of them.
 
     Args:
         vocab: the tokens.
@@ -259,8 +269,8 @@ class GrammarCompiler:
         if vocab_size < vocab.size:
             raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {vocab.size} ids")
         self._vocab, self._vocab_size = vocab, vocab_size
-        self._cache: OrderedDict[str, Future[Grammar]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache: Cache[Future[Grammar]] = Cache(_CACHE_BYTES)
+        self._lock = threading.RLock()  # a future that is already done calls `_forget` inside `submit`
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="agentkit-grammar")
 
     def submit(self, spec: GrammarSpec) -> Future[Grammar]:
@@ -269,7 +279,8 @@ class GrammarCompiler:
         Raises:
             EngineError: the compiler is closed.
         """
-        key = hashlib.sha256(f"{self._vocab.digest}\0{spec!r}".encode()).hexdigest()
+        text = repr(spec)
+        key = hashlib.sha256(f"{self._vocab.digest}\0{text}".encode()).hexdigest()
         with self._lock:
             future = self._cache.get(key)
             if future is None or future.cancelled():
@@ -277,12 +288,8 @@ class GrammarCompiler:
                     future = self._thread.submit(self._compile, key, spec)
                 except RuntimeError:
                     raise EngineError("The engine is closed. Open a new one.") from None
-                self._cache[key] = future
+                self._cache.put(key, future, _GRAMMAR_BYTES + _TEXT_FACTOR * len(text))
                 future.add_done_callback(lambda done: self._forget(key, done))
-            if key in self._cache:  # a compilation that has failed meanwhile has already been forgotten
-                self._cache.move_to_end(key)
-            while len(self._cache) > _CACHE:
-                self._cache.popitem(last=False)
         return future
 
     def close(self) -> None:
@@ -292,12 +299,14 @@ class GrammarCompiler:
     def _forget(self, key: str, done: Future[Grammar]) -> None:
         """Do not remember failures: the next request is told of it by its own compilation."""
         if done.cancelled() or done.exception() is not None:
-            # Not under the lock: a future that is already done calls back inside `submit`.
-            self._cache.pop(key, None)
+            with self._lock:
+                self._cache.drop(key)
 
     def _compile(self, key: str, spec: GrammarSpec) -> Grammar:
         hints, control, size = Hints(), frozenset[int](), len(repr(spec))
         reports: tuple[tuple[str, SchemaReport], ...] = ()
+        if not isinstance(spec, JsonSpec) and size > _MOST_TEXT:
+            raise SchemaError(f"The grammar has {size:,} characters; the limit is {_MOST_TEXT:,}. Use a smaller one.")
         match spec:
             case JsonSpec(text, style):
                 front = inline(text, style)
