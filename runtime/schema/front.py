@@ -16,13 +16,14 @@ from jsonschema.validators import validator_for
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.limits import require_bounded
 from agentkit.runtime.schema.report import Finding, SchemaReport
 
 Style = Literal["call", "document"]
 Json = dict[str, Any]
 
-#: Limits on a schema, so that none can keep the compiler busy or run it out of stack.
-MAX_BYTES, MAX_DEPTH = 256 * 1024, 64
+#: Characters of a schema; `limits` has what else is bounded.
+MAX_BYTES = 256 * 1024
 #: Defaults for what a schema leaves open, so that no document grows without end.
 MAX_ITEMS, MAX_INTEGER, MAX_NUMBER, RESOLUTION = 1024, 10**18, 10**15, 1e-9
 # One space, or a new line with indentation: what models write, and no way to go on for ever.
@@ -107,7 +108,7 @@ def prepare(text: str) -> tuple[Json, list[Finding]]:
         value: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"The schema is not JSON ({error}). Pass JSON text.") from None
-    _require_shallow(value)
+    require_bounded(value)
     if value is False:
         raise SchemaError("The schema is `false`: nothing satisfies it. Pass another schema.")
     if value is True:
@@ -170,21 +171,6 @@ def _refusal(schema: Json) -> str:
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))  # text: its integers have no limit
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
     return summary(messages[0]) if failed else ""
-
-
-def _require_shallow(value: object) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise SchemaError(f"The schema is nested deeper than {MAX_DEPTH}. Use $defs and $ref.")
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += cast("Json", item).values()
-            elif isinstance(item, list):
-                inner += cast("list[object]", item)
-        level = inner
 
 
 def _require_local(part: Json, pointer: str) -> None:

@@ -1,0 +1,96 @@
+"""What a schema may ask for at most, so that none keeps the compiler busy or runs it out of memory or stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from agentkit.runtime.errors import SchemaError
+
+#: Levels of nesting, of a schema's JSON text.
+MAX_DEPTH = 64
+#: Members of one object and items of one list other than an enum, of a schema. llguidance's time grows with the square.
+MAX_MEMBERS = 2000
+#: Characters of a pattern, and groups inside each other in it.
+MAX_PATTERN, MAX_GROUPS = 4096, 32
+#: Items, members or characters that a schema may demand at least: no output is as long as that.
+MAX_DEMAND = 8192
+
+_DEMANDS = ("minItems", "minLength", "minProperties", "minContains")
+
+
+def require_bounded(schema: object) -> None:
+    """Look at every object and list of a schema, in no deeper recursion than its own.
+
+    Raises:
+        SchemaError: it is nested too deeply, too wide somewhere, or asks for more than an output can hold.
+    """
+    level: list[tuple[str, object]] = [("", schema)]
+    for _ in range(MAX_DEPTH):
+        level = [inner for pointer, part in level for inner in _members(pointer, part)]
+        if not level:
+            return
+    raise SchemaError(f"The schema is nested deeper than {MAX_DEPTH} levels. Use $defs and $ref.")
+
+
+def _members(pointer: str, part: object) -> Iterator[tuple[str, object]]:
+    """What is directly inside an object or a list, with pointers, after a look at it."""
+    if isinstance(part, dict):
+        members = cast("dict[str, Any]", part)
+        _require_narrow(pointer, len(members))
+        _require_modest(pointer, members)
+        for key, value in members.items():
+            if isinstance(value, (dict, list)):
+                yield f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}", cast("object", value)
+    elif isinstance(part, list):
+        items = cast("list[object]", part)
+        if not pointer.endswith("/enum"):
+            _require_narrow(pointer, len(items))
+        for i, item in enumerate(items):
+            if isinstance(item, (dict, list)):
+                yield f"{pointer}/{i}", cast("object", item)
+
+
+def _require_narrow(pointer: str, count: int) -> None:
+    if count > MAX_MEMBERS:
+        raise SchemaError(f"{count:,} members at {pointer or 'the root'}; the limit is {MAX_MEMBERS:,}.", pointer)
+
+
+def _require_modest(pointer: str, part: dict[str, Any]) -> None:
+    for key in _DEMANDS:
+        demand = part.get(key)
+        if isinstance(demand, (int, float)) and demand > MAX_DEMAND:
+            raise SchemaError(
+                f"{key} at {pointer or 'the root'} is {demand:,}; the limit is {MAX_DEMAND:,}. Ask for less.", pointer
+            )
+    patterns = part.get("patternProperties")
+    named = list(cast("dict[str, object]", patterns)) if isinstance(patterns, dict) else []
+    for pattern in (part.get("pattern"), *named):
+        if isinstance(pattern, str):
+            require_short(pattern, pointer)
+
+
+def require_short(pattern: str, pointer: str = "") -> None:
+    """Raises SchemaError where a regular expression is too long, or its groups are nested too deeply."""
+    if len(pattern) > MAX_PATTERN:
+        raise SchemaError(
+            f"A pattern of {len(pattern):,} characters at {pointer or 'the root'}; the limit is {MAX_PATTERN:,}. "
+            "Use a shorter one, or an enum.",
+            pointer,
+        )
+    depth = deepest = 0
+    escaped = False
+    for character in pattern:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character in "()":
+            depth += 1 if character == "(" else -1
+            deepest = max(deepest, depth)
+    if deepest > MAX_GROUPS:
+        raise SchemaError(
+            f"{deepest:,} groups inside each other in a pattern at {pointer or 'the root'}; the limit is {MAX_GROUPS}. "
+            "Write it with fewer.",
+            pointer,
+        )
