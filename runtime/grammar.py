@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from agentkit.runtime.cache import Cache
 from agentkit.runtime.closing import Candidates, Hints, example
 from agentkit.runtime.errors import EngineError, SchemaError
-from agentkit.runtime.schema.front import Style, examples, inline, limits, summary
+from agentkit.runtime.schema.backend import limits, summary
+from agentkit.runtime.schema.front import Style, examples, inline
 from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.search import Search
 from agentkit.runtime.vocab import Vocabulary

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import jsonschema
-import llguidance
 from jsonschema.validators import validator_for
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.limits import require_bounded
 from agentkit.runtime.schema.report import Finding, SchemaReport
 
@@ -31,16 +31,6 @@ _STYLES: dict[Style, Json] = {
     "call": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
     "document": {"whitespace_pattern": r" |\n[ \t]{0,24}"},
 }
-
-
-def limits() -> llguidance.LLParserLimits:
-    """A tenth of a second and some tens of megabytes for a grammar, at most."""
-    return llguidance.LLParserLimits(max_grammar_size=200_000, max_lexer_states=100_000, verbose_errors=False)
-
-
-def summary(message: str) -> str:
-    """An error of llguidance on one line."""
-    return " ".join(message.split())[:300].rstrip(".")
 
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -151,26 +141,19 @@ def inline(text: str, style: Style) -> Front:
         # A bound of ours may contradict one that stands elsewhere (behind a $ref): then do without ours.
         for candidate in (narrowed, schema):
             compiled = {**candidate, "x-guidance": options}
-            refusal = _refusal(compiled)
-            if not refusal:
+            reason = refusal(compiled)
+            if not reason:
                 if coerce:
-                    reason = "that exactly one branch fits is not enforced, only that one does."
-                    findings.append(Finding("", "oneOf", "verified", reason))
+                    looser = "that exactly one branch fits is not enforced, only that one does."
+                    findings.append(Finding("", "oneOf", "verified", looser))
                 return Front(compiled, SchemaReport(tuple(findings)))
-            error = error or refusal
-    pointer = _locate(schema, lambda part: bool(_refusal({**part, "x-guidance": options})))
+            error = error or reason
+    pointer = _locate(schema, lambda part: bool(refusal({**part, "x-guidance": options})))
     raise SchemaError(
         f"The schema cannot be enforced at {pointer or 'its root'}: {error}. Leave that keyword out "
         "or write it otherwise.",
         pointer,
     )
-
-
-def _refusal(schema: Json) -> str:
-    """Why llguidance does not take a schema; empty if it does."""
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))  # text: its integers have no limit
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
-    return summary(messages[0]) if failed else ""
 
 
 def _require_local(part: Json, pointer: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 #: ``exact``: the grammar admits what the schema admits, or less. ``verified``: the grammar admits more, so a finished
 #: document is validated, and what fails is decoded again. ``refused``: neither is possible.
 Status = Literal["exact", "verified", "refused"]
+
+#: How a rewriting of one part says what became of a keyword: the keyword, its status and the reason.
+Note = Callable[[str, Status, str], None]
 
 
 @dataclass(frozen=True, slots=True)
