@@ -302,8 +302,10 @@ def _others(part: Json) -> list[Json]:
 
 
 def _repeats(part: Json, note: Note) -> None:
-    """Say that names which are not declared could come twice."""
-    if not COMBINING.isdisjoint(part) or part.get("maxProperties", 2) < 2:
+    """Say that names which are not declared could come twice, where they are counted. Elsewhere a document that repeats
+    a name satisfies the schema all the same: it is read as the last member of that name."""
+    counted = part.get("minProperties", 0) - len(cast("list[str]", part.get("required", [])))
+    if not COMBINING.isdisjoint(part) or counted < 2 or part.get("maxProperties", 2) < 2:
         return
     if part.get("additionalProperties") is not False or part.get("patternProperties"):
-        note("additionalProperties", "verified", "a name that is not declared could be written twice.")
+        note("minProperties", "verified", "a name that is not declared could be written twice.")

@@ -295,11 +295,9 @@ def test_a_grammar_may_name_control_tokens():
 @pytest.mark.parametrize(
     ("schema", "pointer", "says"),
     [
-        ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "/properties/a", "uniqueItems"),
-        ({"$defs": {"x": {"not": {}}}, "properties": {"a": {"$ref": "#/$defs/x"}}}, "/$defs/x", "not"),
+        ({"not": {}}, "", "[Nn]othing satisfies"),
         ({"type": "object", "properties": {"a": {"type": "text"}}}, "/properties/a/type", "not valid"),
-        ({"properties": {"a~/b": {"pattern": "(?=x)"}}}, "/properties/a~0~1b", "look-ahead"),
-        ({"properties": {"a": {"$ref": "https://example.org/x"}}}, "/properties/a", "another document"),
+        ({"properties": {"a~/b": {"$ref": "https://example.org/x"}}}, "/properties/a~0~1b", "another document"),
         ({"$ref": "#/$defs/none"}, "", "does not exist"),
         ({"enum": []}, "", "empty"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "", "minimum"),
@@ -362,7 +360,7 @@ def test_other_specs_that_cannot_be_used_are_refused(spec: GrammarSpec):
 
 
 def test_overlapping_one_of_is_reported():
-    grammar = compiled({"oneOf": [{"type": "object"}, {"type": "object", "properties": {"b": {"type": "string"}}}]})
+    grammar = compiled({"type": "string", "oneOf": [{"pattern": "a"}, {"pattern": "b"}]})
     [(_, report)] = grammar.reports
     assert (report.status, report.findings[0].keyword) == ("verified", "oneOf")
 
@@ -375,8 +373,8 @@ def test_an_unknown_format_is_an_annotation_and_reported():
 
 
 def test_a_schema_cannot_change_how_it_is_compiled():
-    with pytest.raises(SchemaError, match="not"):
-        compiled({"x-guidance": {"lenient": True}, "not": {"type": "string"}})
+    grammar = compiled({"x-guidance": {"lenient": True}, "type": "string", "minLength": 2})
+    assert not accepts(grammar, '"a"')
     grammar = compiled({**TOOL, "x-guidance": {"whitespace_pattern": "[ ]+"}})
     assert not accepts(grammar, '{  "path": "a", "lines": []}')
 

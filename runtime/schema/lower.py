@@ -1,0 +1,277 @@
+"""Parts as alternatives: flat parts, one of which a document has to satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import cast
+
+from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.branches import overlapping
+from agentkit.runtime.schema.conditions import plain
+from agentkit.runtime.schema.merge import Children, common_types, meet
+from agentkit.runtime.schema.negation import negate
+from agentkit.runtime.schema.parts import Json, Part, is_loose, name_of, trivial, types
+from agentkit.runtime.schema.report import Finding
+from agentkit.runtime.schema.unevaluated import close, seen_by
+
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "not", "$by", "unevaluatedProperties", "unevaluatedItems")
+_UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
+#: What one part may become, and how often two are met in all, before the rest is left to llguidance or to the judge.
+_ALTERNATIVES, _MEETINGS = 256, 10_000
+#: Alternatives of a complement by which a branch of ``oneOf`` is made exclusive; sub-schemas looked into for emptiness.
+_COMPLEMENT, _LEVELS = 12, 8
+#: Branches of an ``anyOf`` of which all subsets are told apart where it matters which of them hold.
+_SUBSETS = 3
+
+
+class Lowering:
+    """Takes the combinators out of the parts of one document.
+
+    Attributes:
+        children: how sub-schemas are seen when two parts are met.
+    """
+
+    def __init__(self, named: Mapping[str, Part]) -> None:
+        self._named = named
+        self._lowered: dict[tuple[int, bool], list[Json]] = {}
+        self._kept: list[Part] = []  # whose ids are keys above
+        self._conjunctions: dict[tuple[int, ...], Part] = {}
+        self._inverses: dict[str, Part] = {}
+        self._opening: list[str] = []
+        self._checking: list[int] = []
+        self._meetings = 0
+        self.children = Children(self.both, self.empty)
+
+    def lower(self, part: Part, seen: bool = False) -> list[Json]:
+        """Flat parts, of which a value satisfies one if it satisfies `part`, and only then unless one is ``$loose``.
+
+        Args:
+            part: any.
+            seen: tell in ``$seen`` what each evaluates.
+
+        Raises:
+            SchemaError: the part refers to itself without anything in between.
+        """
+        if part is False:
+            return []
+        if not seen and name_of(part) is not None:
+            return [part]
+        key = (id(part), seen)
+        if key not in self._lowered:
+            alternatives = self._lower(part, seen)
+            self._lowered[key] = alternatives
+            self._kept.append(part)
+        return self._lowered[key]
+
+    def part(self, name: str) -> Part:
+        """The part of this name."""
+        return self._named[name]
+
+    def inverse(self, name: str, loose: Finding) -> Part:
+        """What does not satisfy the part of this name, to be looked at when needed."""
+        if name not in self._inverses:
+            self._inverses[name] = {"$at": loose.pointer, "$by": loose.keyword, "not": {"$ref": name}}
+        return self._inverses[name]
+
+    def opened(self, flat: Json, seen: bool = False) -> list[Json]:
+        """`flat` itself, or the alternatives of what it refers to."""
+        name = name_of(flat)
+        if name is None:
+            return [flat]
+        if name in self._opening:
+            at = flat.get("$at", "")
+            raise SchemaError(f"At {at or 'the root'}: $ref leads to itself, so nothing is said. Correct it.", at)
+        self._opening.append(name)
+        try:
+            return [each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)]
+        finally:
+            self._opening.pop()
+
+    def both(self, one: Part, two: Part) -> Part:
+        """The conjunction of two parts, the same object for the same two."""
+        if one is False or two is False:
+            return False
+        if trivial(one) or one is two:
+            return two
+        if trivial(two):
+            return one
+        members: list[Part] = []
+        for part in (one, two):
+            members += self._members(part)
+        unique = list({name_of(part) or id(part): part for part in members}.values())
+        if len(unique) == 1:
+            return unique[0]
+        key = tuple(map(id, unique))
+        if key not in self._conjunctions:
+            self._kept += unique
+            self._conjunctions[key] = {"$at": one.get("$at", ""), "allOf": unique}
+        return self._conjunctions[key]
+
+    def empty(self, part: Part) -> bool:
+        """Whether nothing is known to satisfy a part."""
+        if part is False:
+            return True
+        if id(part) in self._checking or len(self._checking) >= _LEVELS:
+            return False
+        opening, self._opening = self._opening, []
+        self._checking.append(id(part))
+        try:
+            return not any(self.opened(flat) for flat in self.lower(part))
+        finally:
+            self._checking.pop()
+            self._opening = opening
+
+    def disjoint(self, one: Json, two: Json) -> bool:
+        """Whether nothing is known to satisfy both of two flat parts."""
+        return not self._product([one], [two], False)
+
+    def _members(self, part: Json) -> Sequence[Part]:
+        return cast("Sequence[Part]", part["allOf"]) if part.keys() <= {"$at", "allOf"} else [part]
+
+    def _lower(self, part: Json, seen: bool) -> list[Json]:
+        closing = any(key in part for key in _UNEVALUATED)
+        inside = seen or closing
+        if inside or "if" not in part or "then" in part or "else" in part:
+            part = plain(part)
+        own = {key: value for key, value in part.items() if key not in _COMBINING and key != "if"}
+        if inside:
+            own["$seen"] = seen_by(own)
+        found = [own]
+        if "$ref" in part:
+            target = {"$at": part.get("$at", ""), "$ref": part["$ref"]}
+            found = self._product(found, self.opened(target, inside) if inside else [target], inside)
+        for inner in part.get("allOf", ()):
+            found = self._product(found, self.lower(inner, inside), inside)
+        if "not" in part:
+            found = self._product(found, self.lower(self._complement(part["not"], _loose_not(part))), inside)
+        if "anyOf" in part:
+            found = self._product(found, self._any(part["anyOf"], inside, part), inside)
+        if "oneOf" in part:
+            found = [flat for context in found for flat in self._one(context, part["oneOf"], part, inside)]
+        if closing:
+            found = [flat for open_ in found for flat in self._closed(open_, part)]
+            if not seen:
+                found = [{key: value for key, value in flat.items() if key != "$seen"} for flat in found]
+            else:
+                found = [{**flat, "$seen": flat["$seen"] | seen_by(part)} for flat in found]
+        return found
+
+    def _complement(self, part: Part, loose: Finding) -> Part:
+        return negate(part, self, loose)
+
+    def _any(self, branches: Sequence[Part], seen: bool, part: Json) -> list[Json]:
+        lists = [self.lower(branch, seen) for branch in branches]
+        flats = [flat for alternatives in lists for flat in alternatives]
+        if not seen or len({flat["$seen"] for flat in flats}) <= 1:
+            return flats
+        if len(branches) <= _SUBSETS:  # several may hold, and then all that they evaluate counts
+            for size in range(2, len(lists) + 1):
+                for chosen in combinations(lists, size):
+                    together = chosen[0]
+                    for other in chosen[1:]:
+                        together = self._product(together, other, seen)
+                    flats = [*together, *flats]
+            return flats
+        at = part.get("$at", "")
+        loose = Finding(at, "anyOf", "verified", "what is left unevaluated depends on which branches hold.")
+        union = flats[0]["$seen"]
+        for flat in flats[1:]:
+            union |= flat["$seen"]
+        return [{**_loosened(flat, loose), "$seen": union} for flat in flats]
+
+    def _one(self, context: Json, branches: Sequence[Part], part: Json, seen: bool) -> list[Json]:
+        """The alternatives of ``oneOf`` beside `context`: as they are where no two hold together, else without each
+        other's, else loose."""
+        lists = [self._product([context], self.lower(branch, seen), seen) for branch in branches]
+        pairs = overlapping(lists, self)
+        if not pairs:
+            return [flat for alternatives in lists for flat in alternatives]
+        at = part.get("$at", "")
+        loose = Finding(at, "oneOf", "verified", "that exactly one branch fits is not enforced, only that one does.")
+        apart = list(lists) if pairs is not True else None
+        for i, j in pairs if pairs is not True else ():
+            for this, other in ((i, j), (j, i)):
+                without = self._complement(branches[other], loose)
+                alternatives = self.lower(without)
+                if len(alternatives) > _COMPLEMENT or is_loose(without):
+                    apart = None
+                    break
+                if apart is not None:
+                    apart[this] = self._product(apart[this], alternatives, seen)
+            if apart is None:
+                break
+        if apart is not None:
+            return [flat for alternatives in apart for flat in alternatives]
+        return [_loosened(flat, loose) for alternatives in lists for flat in alternatives]
+
+    def _closed(self, flat: Json, part: Json) -> list[Json]:
+        try:
+            asked = close(flat, part.get("unevaluatedProperties"), part.get("unevaluatedItems"))
+        except ValueError as error:
+            loose = Finding(part.get("$at", ""), "unevaluatedItems", "verified", f"{error}; this is not followed.")
+            return [_loosened(flat, loose)]
+        return self._product([flat], [asked], True)
+
+    def _product(self, ones: Sequence[Json], twos: Sequence[Json], seen: bool) -> list[Json]:
+        """Alternatives for what satisfies one of each."""
+        if len(ones) == len(twos) == 1:
+            return self._meet(ones[0], twos[0], seen)
+        if len(ones) * len(twos) + self._meetings > _MEETINGS:
+            return _side_by_side(ones, twos)
+        found: list[Json] = []
+        for one in ones:
+            for two in twos:
+                found += self._meet(one, two, seen)
+        return found if len(found) <= _ALTERNATIVES or len(twos) == 1 else _side_by_side(ones, twos)
+
+    def _meet(self, one: Json, two: Json, seen: bool) -> list[Json]:
+        self._meetings += 1
+        if trivial(one):
+            return [two]
+        if trivial(two):
+            return [one]
+        if name_of(one) is not None and name_of(one) == name_of(two):
+            return [one]
+        ones, twos = self.opened(one, seen), self.opened(two, seen)
+        for flat, other, others in ((one, two, twos), (two, one, ones)):
+            # A type beside a reference that allows no other says nothing new.
+            if (
+                others != [other]
+                and flat.keys() <= {"$at", "type"}
+                and all(common_types(types(each), types(flat)) == types(each) for each in others)
+            ):
+                return [other]
+        found: list[Json] = []
+        for first in ones:
+            for second in twos:
+                merged = meet(first, second, self.children)
+                if merged is not None:
+                    found.append(merged)
+        return found
+
+
+def _loosened(flat: Json, loose: Finding) -> Json:
+    if name_of(flat) is not None:
+        return {"$at": flat.get("$at", ""), "allOf": (flat,), "$loose": (loose,)}
+    return {**flat, "$loose": (*flat.get("$loose", ()), loose)}
+
+
+def _side_by_side(ones: Sequence[Json], twos: Sequence[Json]) -> list[Json]:
+    """Two lists of alternatives that are too many to be multiplied out."""
+    choice: Json = {"anyOf": list(twos)}
+    found: list[Json] = []
+    for one in ones:
+        flat: Json = {"$at": one.get("$at", ""), "allOf": (one, choice)}
+        for each in (one, *twos):
+            if "$seen" in each:
+                flat["$seen"] = flat["$seen"] | each["$seen"] if "$seen" in flat else each["$seen"]
+        found.append(flat)
+    return found
+
+
+def _loose_not(part: Json) -> Finding:
+    reason = "this condition has no opposite that can be written as a grammar."
+    if (keyword := part.get("$by", "not")) == "not":
+        reason = "what is excluded cannot be written as a grammar."
+    return Finding(part.get("$at", ""), keyword, "verified", reason)

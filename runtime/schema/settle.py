@@ -1,0 +1,117 @@
+"""The last resort: what llguidance refuses is made wider until it does not, and said to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.backend import refusal
+from agentkit.runtime.schema.parts import Json, Part, children, pointer
+from agentkit.runtime.schema.report import Finding
+
+#: Compilations in search of what is refused, and parts that are made wider in one schema.
+_TRIALS, _WIDENED = 256, 32
+#: What is never left out of a part as long as something else can be.
+_KEPT = ("type", "properties", "required", "items", "additionalProperties", "anyOf", "allOf", "$ref", "enum")
+
+
+class Settler:
+    """Widens one schema.
+
+    Args:
+        options: for llguidance.
+        places: pointers of the user's schema, by the identity of parts of what is settled.
+    """
+
+    def __init__(self, options: Json, places: Mapping[int, str]) -> None:
+        self.findings: list[Finding] = []
+        self._options, self._places = options, dict(places)
+        self._left = _TRIALS
+
+    def settle(self, schema: Json) -> Json:
+        """`schema`, with keywords left out where llguidance would not take it; each is among the findings.
+
+        Raises:
+            SchemaError: nothing satisfies it, or it could not be found what to leave out.
+        """
+        reason = self._refused(schema, schema)
+        for _ in range(_WIDENED):
+            if not reason:
+                return schema
+            path, part, why = self._locate(schema, reason)
+            at = self._places.get(id(part), pointer(path))
+            if "nsatisfiable" in why or "empty" in why:
+                without = self._replaced(schema, part, False)
+                if without is False or self._refused(without, without) == reason:
+                    raise _error(at, why)
+                self.findings.append(Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out."))
+                schema = without
+            else:
+                wider, key = self._wider(schema, part)
+                if key is None:
+                    raise _error(at, why)
+                self.findings.append(Finding(at, key, "verified", f"{why}."))
+                schema = cast("Json", self._replaced(schema, part, wider))
+            reason = self._refused(schema, schema)
+        raise _error("", reason)
+
+    def _refused(self, schema: Json, part: Json) -> str:
+        self._left -= 1
+        definitions = {"$defs": schema["$defs"]} if "$defs" in schema and part is not schema else {}
+        return refusal({**definitions, **part, "x-guidance": self._options}) if self._left >= 0 else ""
+
+    def _replaced(self, schema: Json, part: Json, value: Part) -> Part:
+        """A copy of `schema` with `value` wherever `part` stands."""
+        copies: dict[int, object] = {id(part): value}
+
+        def copy(inner: object) -> object:
+            if id(inner) in copies:
+                return copies[id(inner)]
+            made = inner
+            if isinstance(inner, dict):
+                members = cast("Json", inner)
+                changed = {key: copy(member) for key, member in members.items()}
+                if any(changed[key] is not members[key] for key in members):
+                    made = changed
+                    if id(inner) in self._places:
+                        self._places[id(made)] = self._places[id(inner)]
+            elif isinstance(inner, list):
+                items = cast("list[object]", inner)
+                copied = list(map(copy, items))
+                if any(one is not other for one, other in zip(copied, items, strict=True)):
+                    made = copied
+            copies[id(inner)] = made
+            return made
+
+        return cast("Part", copy(schema))
+
+    def _locate(self, schema: Json, reason: str) -> tuple[tuple[str | int, ...], Json, str]:
+        """The innermost part that is refused on its own, its path, and why it is."""
+        path: tuple[str | int, ...] = ()
+        part = schema
+        while True:
+            for place, child in children(part):
+                if why := self._refused(schema, child):
+                    path, part, reason = path + place, child, why
+                    break
+            else:
+                return path, part, reason
+
+    def _wider(self, schema: Json, part: Json) -> tuple[Json, str | None]:
+        """A part with as little less as llguidance takes, and the keyword that it lacks."""
+        optional = [key for key in part if key not in _KEPT and key != "$defs"]
+        for key in [*optional, *(key for key in part if key in _KEPT and key != "type")]:
+            less = {other: value for other, value in part.items() if other != key}
+            if not self._refused(schema, less):
+                return less, key
+        kept = {key: part[key] for key in ("type", "$defs") if key in part}
+        if len(kept) == len(part) or self._refused(schema, kept):
+            return part, None
+        return kept, next(key for key in part if key not in kept)
+
+
+def _error(at: str, why: str) -> SchemaError:
+    return SchemaError(
+        f"The schema cannot be enforced at {at or 'its root'}: {why}. Leave that keyword out or write it otherwise.", at
+    )
