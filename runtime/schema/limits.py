@@ -9,13 +9,14 @@ from agentkit.runtime.errors import SchemaError
 
 #: Levels of nesting, of a schema's JSON text.
 MAX_DEPTH = 64
-#: Members of one object and items of one list other than an enum, of a schema. llguidance's time grows with the square.
-MAX_MEMBERS = 2000
+#: Members of one object, items of one list other than an enum, and branches. llguidance's time grows with their square.
+MAX_MEMBERS, MAX_BRANCHES = 2000, 500
 #: Characters of a pattern, and groups inside each other in it.
 MAX_PATTERN, MAX_GROUPS = 4096, 32
 #: Items, members or characters that a schema may demand at least: no output is as long as that.
 MAX_DEMAND = 8192
 
+_BRANCHES = ("allOf", "anyOf", "oneOf")
 _DEMANDS = ("minItems", "minLength", "minProperties", "minContains")
 
 
@@ -44,16 +45,17 @@ def _members(pointer: str, part: object) -> Iterator[tuple[str, object]]:
                 yield f"{pointer}/{key.replace('~', '~0').replace('/', '~1')}", cast("object", value)
     elif isinstance(part, list):
         items = cast("list[object]", part)
-        if not pointer.endswith("/enum"):
-            _require_narrow(pointer, len(items))
+        keyword = pointer.rpartition("/")[2]
+        if keyword != "enum":
+            _require_narrow(pointer, len(items), MAX_BRANCHES if keyword in _BRANCHES else MAX_MEMBERS)
         for i, item in enumerate(items):
             if isinstance(item, (dict, list)):
                 yield f"{pointer}/{i}", cast("object", item)
 
 
-def _require_narrow(pointer: str, count: int) -> None:
-    if count > MAX_MEMBERS:
-        raise SchemaError(f"{count:,} members at {pointer or 'the root'}; the limit is {MAX_MEMBERS:,}.", pointer)
+def _require_narrow(pointer: str, count: int, limit: int = MAX_MEMBERS) -> None:
+    if count > limit:
+        raise SchemaError(f"{count:,} members at {pointer or 'the root'}; the limit is {limit:,}. Use fewer.", pointer)
 
 
 def _require_modest(pointer: str, part: dict[str, Any]) -> None:

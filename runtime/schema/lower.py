@@ -19,6 +19,8 @@ _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "not", "$by", "unevaluatedPrope
 _UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
 #: What one part may become, and how often two are met in all, before the rest is left to llguidance or to the judge.
 _ALTERNATIVES, _MEETINGS = 256, 10_000
+#: References that are followed in all.
+_OPENINGS = 100_000
 #: Alternatives of a complement by which a branch of ``oneOf`` is made exclusive; sub-schemas looked into for emptiness.
 _COMPLEMENT, _LEVELS = 12, 8
 #: Branches of an ``anyOf`` of which all subsets are told apart where it matters which of them hold.
@@ -40,7 +42,7 @@ class Lowering:
         self._inverses: dict[str, Part] = {}
         self._opening: list[str] = []
         self._checking: list[int] = []
-        self._meetings = 0
+        self._meetings = self._openings = 0
         self.children = Children(self.both, self.empty)
 
     def lower(self, part: Part, seen: bool = False) -> list[Json]:
@@ -82,6 +84,9 @@ class Lowering:
         if name in self._opening:
             at = flat.get("$at", "")
             raise SchemaError(f"At {at or 'the root'}: $ref leads to itself, so nothing is said. Correct it.", at)
+        self._openings += 1
+        if self._openings > _OPENINGS:
+            raise SchemaError("The schema's references lead to each other too often. Use fewer alternatives that refer.")
         self._opening.append(name)
         try:
             return [each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)]
