@@ -117,7 +117,8 @@ class Emitter:
         self.findings[finding] = None
 
     def _reference(self, name: str, flat: Json) -> Part:
-        self._lowering.opened(flat)  # which raises if it leads to itself
+        if not self._lowering.opened(flat):  # which raises if it leads to itself
+            return False
         if name not in self._definitions:
             self._definitions[name] = {}
             self._queue.append(name)

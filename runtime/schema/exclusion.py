@@ -105,4 +105,4 @@ def _other(tree: dict[str, Any]) -> str:
 
 
 def _character(c: str) -> str:
-    return c if c.isalnum() else f"\\x{{{ord(c):x}}}"
+    return c if c.isascii() and c.isalnum() else f"\\U{ord(c):08x}"

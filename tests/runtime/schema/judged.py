@@ -64,11 +64,13 @@ class Judged:
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
     def wrong(self, values: list[Any]) -> list[str]:
-        """Documents about which the grammar and jsonschema disagree more than the status admits."""
+        """Values about which the grammar and jsonschema disagree more than the status admits."""
+        return self.wrong_texts([json.dumps(value, ensure_ascii=False) for value in values])
+
+    def wrong_texts(self, texts: list[str]) -> list[str]:
+        """Documents about which they do."""
         found: list[str] = []
-        for value in values:
-            text = value if isinstance(value, str) and value[:1] == "\0" else json.dumps(value, ensure_ascii=False)
-            text = text.removeprefix("\0")
+        for text in texts:
             accepted, valid = self.accepts(text), self.validator.is_valid(json.loads(text))
             if accepted != valid and not (accepted and self.status == "verified"):
                 found.append(f"{text} is {'' if valid else 'not '}valid and {'' if accepted else 'not '}accepted")
