@@ -21,7 +21,7 @@ from agentkit.runtime.schema.drafts import dialect_of
 from agentkit.runtime.schema.emit import Emitter
 from agentkit.runtime.schema.leaves import LEAVES
 from agentkit.runtime.schema.lower import Lowering
-from agentkit.runtime.schema.limits import require_bounded
+from agentkit.runtime.schema.limits import require_bounded, require_writable
 from agentkit.runtime.schema.narrow import narrow
 from agentkit.runtime.schema.parts import Json, children, pointer
 from agentkit.runtime.schema.refs import Reader
@@ -111,6 +111,7 @@ def inline(text: str, style: Style) -> Front:
         raise SchemaError("The schema's parts refer to each other too deeply. Use fewer levels.") from None
     if written is False:
         raise SchemaError("Nothing satisfies the schema: its parts contradict each other. Look at allOf and not.")
+    require_writable(written)
     findings = list(emitter.findings)
     options = _STYLES[style]
     narrowed = narrow(written)

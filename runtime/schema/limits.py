@@ -15,6 +15,8 @@ MAX_MEMBERS, MAX_BRANCHES = 2000, 500
 MAX_PATTERN, MAX_GROUPS = 4096, 32
 #: Items, members or characters that a schema may demand at least: no output is as long as that.
 MAX_DEMAND = 8192
+#: Values in what llguidance is given, and levels of it, references followed: 8 MB of stack take some 2,000.
+MAX_WRITTEN, MAX_CHAIN = 100_000, 512
 
 _BRANCHES = ("allOf", "anyOf", "oneOf")
 _DEMANDS = ("minItems", "minLength", "minProperties", "minContains")
@@ -96,3 +98,61 @@ def require_short(pattern: str, pointer: str = "") -> None:
             "Write it with fewer.",
             pointer,
         )
+
+
+def require_writable(schema: dict[str, Any]) -> None:
+    """Look at a schema that is to be given to llguidance, whose parts may each stand in many places.
+
+    Raises:
+        SchemaError: it is too large once each part is written out wherever it stands, or its references lead so far
+            that llguidance, which follows them by recursion in native code, would overflow the stack.
+    """
+    if (size := _written(schema, {})) > MAX_WRITTEN:
+        raise SchemaError(
+            f"The schema becomes {size:,} values when its combinations are written out; the limit is {MAX_WRITTEN:,}. "
+            "Use fewer conditions and alternatives beside each other."
+        )
+    if _longest(schema) > MAX_CHAIN:
+        raise SchemaError(f"The schema's references lead more than {MAX_CHAIN} levels deep. Use fewer levels.")
+
+
+def _written(value: object, known: dict[int, int]) -> int:
+    """Values inside a value, itself included, with those that are shared counted each time."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    found = cast("dict[str, object] | list[object]", value)
+    if id(found) not in known:
+        inner = found.values() if isinstance(found, dict) else found
+        known[id(found)] = 1 + sum(_written(each, known) for each in inner)
+    return known[id(found)]
+
+
+def _longest(schema: dict[str, Any]) -> int:
+    """The most levels that whoever goes through a schema is in, if each reference is followed where it is first met."""
+    definitions: dict[str, object] = schema.get("$defs", {})
+    met: set[int] = set()
+    ways: list[Iterator[object]] = [iter([schema])]
+    longest = 0
+    while ways:
+        value = next(ways[-1], None)
+        if value is None:
+            ways.pop()
+        elif id(value) not in met:
+            met.add(id(value))
+            longest = max(longest, len(ways))
+            ways.append(_inside(value, definitions))
+    return longest
+
+
+def _inside(value: object, definitions: dict[str, object]) -> Iterator[object]:
+    """Objects and lists right inside one, and what it refers to."""
+    if isinstance(value, dict):
+        for key, each in cast("dict[str, object]", value).items():
+            if key == "$ref" and isinstance(each, str):
+                target = definitions.get(each.removeprefix("#/$defs/"))
+                if target is not None:
+                    yield target
+            elif key != "$defs" and isinstance(each, (dict, list)):
+                yield cast("object", each)
+    elif isinstance(value, list):
+        yield from (each for each in cast("list[object]", value) if isinstance(each, (dict, list)))

@@ -19,8 +19,8 @@ _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "not", "$by", "unevaluatedPrope
 _UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
 #: What one part may become, and how often two are met in all, before the rest is left to llguidance or to the judge.
 _ALTERNATIVES, _MEETINGS = 256, 10_000
-#: References that are followed in all.
-_OPENINGS = 100_000
+#: Parts that are lowered, and references that are followed, in all.
+_LOWERINGS, _OPENINGS = 20_000, 100_000
 #: Alternatives of a complement by which a branch of ``oneOf`` is made exclusive; sub-schemas looked into for emptiness.
 _COMPLEMENT, _LEVELS = 12, 8
 #: Branches of an ``anyOf`` of which all subsets are told apart where it matters which of them hold.
@@ -42,7 +42,7 @@ class Lowering:
         self._inverses: dict[str, Part] = {}
         self._opening: list[str] = []
         self._checking: list[int] = []
-        self._meetings = self._openings = 0
+        self._meetings = self._openings = self._lowerings = 0
         self.children = Children(self.both, self.empty)
 
     def lower(self, part: Part, seen: bool = False) -> list[Json]:
@@ -61,6 +61,9 @@ class Lowering:
             return [part]
         key = (id(part), seen)
         if key not in self._lowered:
+            self._lowerings += 1
+            if self._lowerings > _LOWERINGS:
+                raise SchemaError("The schema has too many combinations. Use fewer conditions and alternatives.")
             alternatives = self._lower(part, seen)
             self._lowered[key] = alternatives
             self._kept.append(part)
