@@ -311,9 +311,10 @@ class GrammarCompiler:
         match spec:
             case JsonSpec(text, style):
                 front = inline(text, style)
-                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(front.schema)))
+                written = json.dumps(front.schema)
+                root = self._root(llguidance.LLMatcher.grammar_from_json_schema(written))
                 reports = (("", front.report),)
-                hints = Hints(json=True, examples=examples(text))
+                hints = Hints(json=True, examples=examples(written))
             case RegexSpec(pattern):
                 root = self._root(llguidance.LLMatcher.grammar_from_regex(pattern))
                 hints = Hints(examples=tuple(filter(None, [example(pattern)])))

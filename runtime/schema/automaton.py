@@ -77,6 +77,20 @@ class Automaton:
         """Texts that this one accepts and `other` does not."""
         return self.both(other.others())
 
+    def shortest(self) -> str:
+        """One of the shortest texts it accepts, of common characters where it can be; "" if there is none."""
+        letters = [_common(atom) for atom in self.atoms]
+        texts = {0: ""}
+        queue = [0]
+        for state in queue:
+            if state in self.final:
+                return texts[state]
+            for letter, after in zip(letters, self.moves[state], strict=True):
+                if after not in texts:
+                    texts[after] = texts[state] + letter
+                    queue.append(after)
+        return ""
+
     def pattern(self) -> str:
         """A pattern of the texts it accepts, anchored at both ends.
 
@@ -89,6 +103,14 @@ class Automaton:
         if len(text) > _LENGTH:
             raise Untranslatable("size")
         return text
+
+
+def _common(chars: Chars) -> str:
+    """A letter or digit of a set of characters, else a printable one, else any."""
+    for preferred in (((0x61, 0x7A),), ((0x30, 0x39),), ((0x41, 0x5A),), ((0x20, 0x7E),), chars):
+        if shared := intersection(chars, preferred):
+            return chr(shared[0][0])
+    return ""
 
 
 def searched(pattern: str) -> Automaton:

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.protocols import Validator
+from jsonschema.validators import extend
+
+from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.schema.charsets import Chars
+from agentkit.runtime.schema.parts import pointer
 from agentkit.runtime.schema.patterns import Ahead, Edge, Either, Join, Node, Repeat, Set, Untranslatable, parse
 
 Item = TypeVar("Item", bound=Hashable)
@@ -24,6 +30,8 @@ Item = TypeVar("Item", bound=Hashable)
 _LOOP = 8
 #: Positions, and pairs of them, that are looked at.
 _POSITIONS, _PAIRS = 400, 40_000
+#: Characters of a text on which no pattern takes long.
+_HARMLESS = 20
 
 
 class _Part(NamedTuple):
@@ -51,6 +59,27 @@ def explosive(pattern: str) -> bool:
         return True
     except (Untranslatable, re.error, RecursionError):
         return False
+
+
+def search(pattern: str, text: str) -> bool:
+    """Whether a pattern is found in a text, as `re.search` says.
+
+    Raises:
+        SchemaError: that could take it too long to say.
+        re.error: it is not a pattern.
+    """
+    if len(text) > _HARMLESS and explosive(pattern):
+        raise SchemaError(_advice(pattern))
+    return re.search(pattern, text) is not None
+
+
+def _pattern(validator: Validator, pattern: str, instance: object, schema: object) -> Iterator[ValidationError]:
+    if isinstance(instance, str) and not search(pattern, instance):
+        yield ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+#: jsonschema's validator of draft 2020-12 with `search` for ``pattern``.
+Patient: type[Validator] = extend(Draft202012Validator, {"pattern": _pattern})
 
 
 class _Automaton:
@@ -193,3 +222,32 @@ def components(nodes: Iterable[Item], after: Callable[[Item], Iterable[Item]]) -
                         if member == node:
                             break
     return found
+
+
+def require_patient(schema: object) -> None:
+    """Look at the patterns of a schema by which documents will be judged.
+
+    Raises:
+        SchemaError: matching one of them could take exponential time.
+    """
+    pending: list[tuple[tuple[str | int, ...], object]] = [((), schema)]
+    while pending:
+        path, part = pending.pop()
+        if isinstance(part, dict):
+            members = cast("dict[str, object]", part)
+            named = members.get("patternProperties")
+            patterns = [members.get("pattern"), *(cast("dict[str, object]", named) if isinstance(named, dict) else ())]
+            for pattern in patterns:
+                if isinstance(pattern, str) and explosive(pattern):
+                    raise SchemaError(_advice(pattern, pointer(path)), pointer(path))
+            pending += [((*path, key), inner) for key, inner in members.items()]
+        elif isinstance(part, list):
+            pending += [((*path, i), inner) for i, inner in enumerate(cast("list[object]", part))]
+
+
+def _advice(pattern: str, at: str = "") -> str:
+    place = f" at {at}" if at else ""
+    return (
+        f"Matching the pattern {pattern[:100]!r}{place} could take for ever, as its loops can read one text in many "
+        "ways. Write it without a repetition inside another one."
+    )

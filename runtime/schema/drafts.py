@@ -1,7 +1,7 @@
 """Drafts 4 to 2020-12, read as draft 2020-12.
 
-What a keyword means in its draft is jsonschema's reading, which judges documents afterwards: a keyword that its validator
-of that draft does not know is an annotation.
+What a keyword means in its draft is what jsonschema, which judges documents afterwards, takes it to mean: a keyword that
+its validator of that draft does not know is an annotation.
 """
 
 from __future__ import annotations

@@ -1,32 +1,38 @@
 """JSON schemas as llguidance is given them: checked, rewritten, bounded, and reported on.
 
 A schema becomes parts in normal form (`refs`), these become alternatives without combinators (`lower`), and these are
-written again (`emit`), with keywords that llguidance lacks put into others where that can be done. What cannot be
-written to the letter is made wider, never in silence: the report says ``verified``, and the document is validated when it
-is complete. Everything else that is done to a schema only narrows it.
+written again (`emit`), what llguidance lacks in other keywords (`leaves`). What cannot be written to the letter is made
+wider, never in silence: the report says ``verified``, and the document is validated when it is complete. Everything else
+that is done to a schema only narrows it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, cast
 
 import jsonschema
 
 from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
+from agentkit.runtime.schema.automaton import Automaton, searched
 from agentkit.runtime.schema.backend import refusal
+from agentkit.runtime.schema.backtracking import require_patient
 from agentkit.runtime.schema.drafts import dialect_of
 from agentkit.runtime.schema.emit import Emitter
 from agentkit.runtime.schema.leaves import LEAVES
-from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.limits import require_bounded, require_writable
+from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.narrow import narrow
 from agentkit.runtime.schema.parts import Json, children, pointer
+from agentkit.runtime.schema.patterns import Untranslatable
 from agentkit.runtime.schema.refs import Reader
 from agentkit.runtime.schema.report import Finding, SchemaReport
 from agentkit.runtime.schema.settle import Settler
+from agentkit.runtime.schema.shape import plainly_valid
 
 Style = Literal["call", "document"]
 
@@ -84,8 +90,11 @@ def prepare(text: str) -> Json:
     if not isinstance(value, dict):
         raise SchemaError("A schema is a JSON object. Pass one.")
     schema = cast("Json", value)
+    dialect = dialect_of(schema)
+    if plainly_valid(schema, dialect):
+        return schema
     try:
-        dialect_of(schema).check_schema(schema)
+        dialect.check_schema(schema)
     except jsonschema.SchemaError as error:
         at = pointer(error.absolute_path)
         raise SchemaError(
@@ -123,7 +132,10 @@ def inline(text: str, style: Style) -> Front:
         # A bound of ours may contradict one that stands elsewhere: then do without ours.
         if refusal({**narrowed, "x-guidance": options}):
             narrowed = written
-    return Front({**narrowed, "x-guidance": options}, SchemaReport(tuple(findings)))
+    report = SchemaReport(tuple(findings))
+    if report.status == "verified":
+        require_patient(document)
+    return Front({**narrowed, "x-guidance": options}, report)
 
 
 def report_on(text: str, style: Style = "document") -> SchemaReport:
@@ -142,8 +154,20 @@ def examples(text: str) -> tuple[str, ...]:
     while pending:
         part = pending.pop()
         pending += (child for _, child in children(part))
-        if isinstance(pattern := part.get("pattern"), str):
-            found[example(pattern)] = None
+        conjuncts = [part, *(inner for inner in part.get("allOf", ()) if isinstance(inner, dict))]
+        patterns = [inner["pattern"] for inner in conjuncts if isinstance(inner.get("pattern"), str)]
+        if len(patterns) == 1:
+            found[example(patterns[0])] = None
+        elif patterns:
+            found[_example_of_all(patterns)] = None
         elif part.get("format") in _SAMPLES:
             found[_SAMPLES[part["format"]]] = None
     return tuple(json.dumps(sample, ensure_ascii=False)[1:-1] for sample in found if sample)[:32]
+
+
+def _example_of_all(patterns: list[str]) -> str:
+    """A short text that matches several patterns; "" if none is found."""
+    try:
+        return reduce(Automaton.both, map(searched, patterns)).shortest()
+    except (Untranslatable, re.error):
+        return ""

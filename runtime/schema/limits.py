@@ -16,7 +16,7 @@ MAX_PATTERN, MAX_GROUPS = 4096, 32
 #: Items, members or characters that a schema may demand at least: no output is as long as that.
 MAX_DEMAND = 8192
 #: Values in what llguidance is given, and levels of it, references followed: 8 MB of stack take some 2,000.
-MAX_WRITTEN, MAX_CHAIN = 100_000, 512
+MAX_WRITTEN, MAX_CHAIN = 100_000, 256
 
 _BRANCHES = ("allOf", "anyOf", "oneOf")
 _DEMANDS = ("minItems", "minLength", "minProperties", "minContains")

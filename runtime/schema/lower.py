@@ -89,7 +89,7 @@ class Lowering:
             raise SchemaError(f"At {at or 'the root'}: $ref leads to itself, so nothing is said. Correct it.", at)
         self._openings += 1
         if self._openings > _OPENINGS:
-            raise SchemaError("The schema's references lead to each other too often. Use fewer alternatives that refer.")
+            raise SchemaError("The schema's references lead to each other too often. Use fewer alternatives.")
         self._opening.append(name)
         try:
             return [each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from agentkit.runtime.schema.backtracking import search
 from agentkit.runtime.schema.parts import Json, Part, has_type, identity, types
 
 _LEAST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
 _MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 _ONE = ("multipleOf", "pattern", "format")  # two of a kind cannot be written as one
+_APART = {"email", "ipv4", "ipv6"}  # formats that jsonschema checks in every draft, and no string has two of
 _UNITED = ("$loose", "allOf")
 _CONTAINS = ("contains", "minContains", "maxContains")
 _OBJECT = ("properties", "patternProperties", "additionalProperties")
@@ -113,7 +115,7 @@ def _mergeable(a: Json, b: Json) -> bool:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern is found in a name, as jsonschema sees it; True where Python cannot tell."""
     try:
-        return re.search(pattern, name) is not None
+        return search(pattern, name)
     except re.error:
         return True
 
@@ -136,8 +138,8 @@ def _unite_objects(a: Json, b: Json, out: Json, children: Children) -> list[Part
     patterns: dict[str, Part] = {}
     for pattern in (*patterns_a, *(pattern for pattern in patterns_b if pattern not in patterns_a)):
         patterns[pattern] = children.both(
-            patterns_a[pattern] if pattern in patterns_a else rest_a,
-            patterns_b[pattern] if pattern in patterns_b else rest_b,
+            patterns_a.get(pattern, rest_a),
+            patterns_b.get(pattern, rest_b),
         )
     if patterns:
         out["patternProperties"] = patterns
@@ -199,7 +201,8 @@ def _open(flat: Json, kind: str) -> bool:
             strict = low == flat.get("exclusiveMinimum") or high == flat.get("exclusiveMaximum")
             return low < high or (low == high and not strict)
         case "string":
-            return flat.get("minLength", 0) <= flat.get("maxLength", float("inf"))
+            formats = {part["format"] for part in (flat, *flat.get("allOf", ())) if "format" in part}
+            return flat.get("minLength", 0) <= flat.get("maxLength", float("inf")) and len(formats & _APART) < 2
         case "array":
             least = flat.get("minItems", 0)
             return least <= flat.get("maxItems", float("inf")) and not _missing_item(flat, least)

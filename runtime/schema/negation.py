@@ -89,6 +89,8 @@ def _violations(key: str, value: Any, part: Json, names: Names, loose: Finding, 
                 yield {"type": "array", "minItems": i + 1, "prefixItems": [*[{}] * i, other(inner)]}
         case "contains" if "maxContains" not in part and part.get("minContains", 1) == 1:
             yield {"type": "array", "items": other(value)}
+        case "pattern" if not value.startswith("(?"):  # flags have to come first
+            yield {"type": "string", "pattern": rf"^(?![\s\S]*(?:{value}))"}
         case _:
             yield from _bound(key, value, loose)
 

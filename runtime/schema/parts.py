@@ -9,7 +9,8 @@ changed once made, so that its identity may stand for it. Private keywords besid
 ``$loose``   findings: where, and by which keyword, the part is wider than what it stands for.
 ``$seen``    what ``unevaluatedProperties`` and ``unevaluatedItems`` would take as evaluated (`unevaluated.Seen`).
 
-A *flat* part has no combinator but ``allOf``, whose members are what could not be merged into it, or is a ``$ref`` alone.
+A *flat* part has no combinator but ``allOf``, whose members are what could not be merged into it; or it is a ``$ref``
+alone.
 """
 
 from __future__ import annotations

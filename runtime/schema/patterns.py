@@ -257,6 +257,8 @@ def written(node: Node) -> str:
         case Either(branches):
             return "|".join(map(written, branches))
         case Repeat(inner, low, high):
+            if inner == Set(ANY):  # llguidance's masks are fast for this spelling: 0.1 ms, not 1.4
+                return f"(?s:.{_counted(low, high)})"
             return _atom(inner) + _counted(low, high)
         case Edge(end):
             return "$" if end else "^"

@@ -1,7 +1,7 @@
 """A schema and all that its ``$ref``s lead to, as parts in normal form.
 
-References are resolved by the library `referencing`, as jsonschema does: relative to ``$id``, by pointer, by anchor, into
-the metaschemas it brings along, and nowhere else.
+References are resolved by the library `referencing`, as jsonschema does: relative to ``$id``, by pointer, by anchor,
+into the metaschemas it brings along, and nowhere else.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ _TRIALS, _WIDENED = 256, 32
 _SECONDS = 1.0
 #: What is never left out of a part as long as something else can be.
 _KEPT = ("type", "properties", "required", "items", "additionalProperties", "anyOf", "allOf", "$ref", "enum")
+#: What is said of all the others must go with what names them, or it would be said of these as well.
+_REST = {"properties": "additionalProperties", "patternProperties": "additionalProperties", "prefixItems": "items"}
 
 
 class Settler:
@@ -46,7 +48,7 @@ class Settler:
             at = self._places.get(id(part), pointer(path))
             if "nsatisfiable" in why or "empty" in why:
                 without = self._replaced(schema, part, False)
-                if without is False or self._refused(without, without) == reason:
+                if without is False:
                     raise _error(at, why)
                 self.findings.append(Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out."))
                 schema = without
@@ -62,7 +64,7 @@ class Settler:
     def _refused(self, schema: Json, part: Json) -> str:
         self._left -= 1
         if time.thread_time() > self._until:
-            raise SchemaError("The schema cannot be enforced, and what is at fault takes too long to find. Simplify it.")
+            raise SchemaError("The schema cannot be enforced; what is at fault takes too long to find. Simplify it.")
         definitions = {"$defs": schema["$defs"]} if "$defs" in schema and part is not schema else {}
         return refusal({**definitions, **part, "x-guidance": self._options}) if self._left >= 0 else ""
 
@@ -107,7 +109,7 @@ class Settler:
         """A part with as little less as llguidance takes, and the keyword that it lacks."""
         optional = [key for key in part if key not in _KEPT and key != "$defs"]
         for key in [*optional, *(key for key in part if key in _KEPT and key != "type")]:
-            less = {other: value for other, value in part.items() if other != key}
+            less = {other: value for other, value in part.items() if other not in (key, _REST.get(key))}
             if not self._refused(schema, less):
                 return less, key
         kept = {key: part[key] for key in ("type", "$defs") if key in part}

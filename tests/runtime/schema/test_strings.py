@@ -60,7 +60,7 @@ def narrower(wrong: str) -> bool:
 
 
 @given(st.integers(0, 100_000))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore:Possible")
 def test_any_pattern_with_any_length_agrees_with_jsonschema(seed: int):
     rng = random.Random(seed)
