@@ -35,11 +35,17 @@ _HARMLESS = 20
 
 
 class _Part(NamedTuple):
-    """Part of an automaton: where it can begin and end, and whether it can be empty."""
+    """Part of an automaton: where it can begin and end, and in how many ways it can be empty; two stand for more.
+
+    A position stands twice where there are two ways to begin or end there.
+    """
 
     first: tuple[int, ...]
     last: tuple[int, ...]
-    empty: bool
+    empty: int
+
+
+_NOTHING = _Part((), (), 1)
 
 
 class _TooLarge(Exception):
@@ -139,9 +145,9 @@ class _Automaton:
                     raise _TooLarge
                 self.chars.append(chars)
                 here = (len(self.chars) - 1,)
-                return _Part(here, here, False)
+                return _Part(here, here, 0)
             case Join(inner):
-                whole = _Part((), (), True)
+                whole = _NOTHING
                 for part in inner:
                     whole = self._join(whole, self._build(part))
                 return whole
@@ -149,31 +155,36 @@ class _Automaton:
                 built = [self._build(branch) for branch in branches]
                 first = tuple(position for part in built for position in part.first)
                 last = tuple(position for part in built for position in part.last)
-                return _Part(first, last, any(part.empty for part in built))
+                return _Part(first, last, min(2, sum(part.empty for part in built)))
             case Repeat(inner, low, high):
                 return self._repeat(inner, low, high)
             case Edge():
-                return _Part((), (), True)
+                return _NOTHING
             case Ahead(inner):
                 self._ahead.append(inner)
-                return _Part((), (), True)
+                return _NOTHING
 
     def _repeat(self, inner: Node, low: int, high: int | None) -> _Part:
         if high is None or high >= _LOOP:
             part = self._build(inner)
             self.edges.update((a, b) for a in part.last for b in part.first)
-            return _Part(part.first, part.last, part.empty or low == 0)
-        whole = _Part((), (), True)
+            return _Part(part.first, part.last, part.empty or int(low == 0))
+        whole = _NOTHING
         for time in range(high):
             part = self._build(inner)
-            whole = self._join(whole, _Part(part.first, part.last, part.empty or time >= low))
+            whole = self._join(whole, _Part(part.first, part.last, min(2, part.empty + (time >= low))))
         return whole
 
     def _join(self, one: _Part, two: _Part) -> _Part:
         self.edges.update((a, b) for a in one.last for b in two.first)
-        first = one.first + two.first if one.empty else one.first
-        last = two.last + one.last if two.empty else two.last
-        return _Part(first, last, one.empty and two.empty)
+        first = _twice(one.first + two.first * one.empty)
+        last = _twice(two.last + one.last * two.empty)
+        return _Part(first, last, min(2, one.empty * two.empty))
+
+
+def _twice(positions: tuple[int, ...]) -> tuple[int, ...]:
+    """Without what stands there more than twice."""
+    return tuple(position for position, times in Counter(positions).items() for _ in range(min(2, times)))
 
 
 def _meet(one: Chars, two: Chars) -> bool:
