@@ -122,14 +122,14 @@ def _trial(backend: Backend, compiled: Compiled, schema: Any, judge: Validator, 
             return Trial(valid, False, False, reason="judge" if valid else "", where=str(error)[:100])
         judged = valid
 
-    def walk(value: object, timed: bool = False) -> tuple[Walk, list[int]]:
+    def walk(text: str, timed: bool = False) -> tuple[Walk, list[int]]:
         try:
-            ids = backend.vocab.encode(write(value))
+            ids = backend.vocab.encode(text)
         except UnicodeEncodeError:  # half a surrogate pair: JSON can escape it, no text can hold it
             return Walk(), []
         return backend.walk(compiled, ids, masks=timed and len(ids) <= MOST_TOKENS), ids
 
-    first, ids = walk(value, timed=valid)
+    first, ids = walk(write(value), timed=valid)
     if valid:
         masks.extend(min(nanoseconds, 2**32 - 1) for nanoseconds in first.nanoseconds)
     accepted = first.accepted and (judged or compiled.status == "exact")
@@ -140,7 +140,7 @@ def _trial(backend: Backend, compiled: Compiled, schema: Any, judge: Validator, 
         return Trial(valid, judged, False, first.masked, "label", where)
     if first.broken:
         return Trial(valid, judged, False, reason="complex")
-    reason = _reason(value, lambda other: walk(other)[0].accepted)
+    reason = _reason(value, lambda text: walk(text)[0], backend.vocab)
     return Trial(valid, judged, False, first.masked, reason, where)
 
 
@@ -152,29 +152,62 @@ def _written(value: object, vocab: Vocabulary) -> object:
         return value
 
 
-def _reason(value: object, accepts: Callable[[object], bool]) -> str:
+def _reason(value: object, walk: Callable[[str], Walk], vocab: Vocabulary) -> str:
     """What must be changed in a valid instance for it to be accepted."""
     try:
         write(value).encode()
     except UnicodeEncodeError:
         return "text"
-    turned = [reordered(value, sorted), reordered(value, lambda keys: keys[::-1])]
-    if any(accepts(other) for other in turned):
-        return "order"
-    plain = bounded(value)
-    if write(plain) != write(value) and any(accepts(other) for other in (plain, *map(bounded, turned))):
-        return "bound"
+
+    def begins(text: str) -> bool:
+        return walk(text).taken == len(vocab.encode(text))
+
+    for reason, other in (("order", value), ("bound", bounded(value))):
+        found = next(Arrangements(begins).of(other, ""), None)
+        if found is not None and walk(found).accepted:
+            return reason
     return "other"
 
 
-def reordered(value: object, order: Callable[[list[str]], list[str]]) -> object:
-    """`value` with the keys of every object in another order."""
-    if isinstance(value, dict):
-        members = cast("Json", value)
-        return {key: reordered(members[key], order) for key in order(list(members))}
-    if isinstance(value, list):
-        return [reordered(item, order) for item in cast("list[object]", value)]
-    return value
+class Arrangements:
+    """The ways to write a value with the keys of its objects in any order, as far as a grammar takes them.
+
+    Args:
+        begins: whether an output may begin with a text.
+    """
+
+    def __init__(self, begins: Callable[[str], bool]) -> None:
+        self._begins, self._left = begins, 500  # questions to the grammar
+
+    def of(self, value: object, text: str) -> Iterator[str]:
+        """`text`, and `value` after it."""
+        if isinstance(value, dict):
+            yield from self._object(cast("Json", value), text + "{", ())
+        elif isinstance(value, list):
+            yield from self._array(cast("list[object]", value), text + "[")
+        elif self._taken(text + write(value)):
+            yield text + write(value)
+
+    def _object(self, members: Json, text: str, written: tuple[str, ...]) -> Iterator[str]:
+        if len(written) == len(members):
+            yield text + "}"
+            return
+        for key in (key for key in members if key not in written):
+            start = f"{text}{', ' if written else ''}{write(key)}: "
+            if self._taken(start):
+                for after in self.of(members[key], start):
+                    yield from self._object(members, after, (*written, key))
+
+    def _array(self, items: list[object], text: str) -> Iterator[str]:
+        if not items:
+            yield text + "]"
+            return
+        for after in self.of(items[0], text):
+            yield from self._array(items[1:], f"{after}, ") if len(items) > 1 else (f"{after}]",)
+
+    def _taken(self, text: str) -> bool:
+        self._left -= 1
+        return self._left >= 0 and self._begins(text)
 
 
 def bounded(value: object) -> object:
