@@ -113,13 +113,14 @@ def _common(chars: Chars) -> str:
     return ""
 
 
-def searched(pattern: str) -> Automaton:
-    """Texts in which a pattern, as a schema has it, is found.
+def searched(pattern: str, wide: bool = False) -> Automaton:
+    """Texts in which a pattern, as a schema has it, is found; with `wide` also those in which only one of the two
+    dialects finds it: for a complement, which then leaves them out.
 
     Raises:
         Untranslatable: as `conditions`, or it is too large.
     """
-    node, ahead = conditions(pattern)
+    node, ahead = conditions(pattern, wide)
     found = automaton(node)
     for condition in ahead:
         found = found.both(allowed(condition))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal, Protocol
+from typing import Protocol
 
 from agentkit.runtime.schema.merge import property_of
 from agentkit.runtime.schema.parts import Json, Part, identity
 
-#: Branches of which all pairs are compared.
+#: Alternatives of which all pairs are compared.
 _PAIRS = 48
 
 
@@ -23,8 +23,8 @@ class Logic(Protocol):
     def disjoint(self, one: Json, two: Json) -> bool: ...
 
 
-def overlapping(lists: Sequence[list[Json]], logic: Logic) -> list[tuple[int, int]] | Literal[True]:
-    """Pairs of branches that may hold together; True if there are too many branches to tell.
+def overlapping(lists: Sequence[list[Json]], logic: Logic) -> list[tuple[int, int]] | None:
+    """Pairs of branches that may hold together; None if there are too many to tell.
 
     Args:
         lists: each branch's alternatives.
@@ -33,8 +33,8 @@ def overlapping(lists: Sequence[list[Json]], logic: Logic) -> list[tuple[int, in
     alive = [i for i, alternatives in enumerate(lists) if alternatives]
     if len(alive) > 2 and _tagged([lists[i] for i in alive], logic):
         return []
-    if len(alive) > _PAIRS:
-        return True
+    if sum(len(lists[i]) for i in alive) > _PAIRS:
+        return None
     return [
         (i, j)
         for i, j in combinations(alive, 2)

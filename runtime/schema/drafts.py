@@ -1,7 +1,7 @@
 """Drafts 4 to 2020-12, read as draft 2020-12.
 
-What a keyword means in its draft is what jsonschema, which judges documents afterwards, takes it to mean: a keyword that
-its validator of that draft does not know is an annotation.
+What a keyword means in its draft is what jsonschema takes it to mean, which judges documents afterwards: a keyword
+that its validator of that draft does not know is an annotation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Dialect = Any
 
 def dialect_of(schema: Json, default: Dialect = jsonschema.Draft202012Validator) -> Dialect:
     """The draft that a schema's ``$schema`` names."""
-    return validator_for(schema, default=default) if "$schema" in schema else default
+    return validator_for(schema, default=default) if isinstance(schema.get("$schema"), str) else default
 
 
 def modern(schema: Json, dialect: Dialect) -> tuple[Json, dict[str, str]]:

@@ -2,8 +2,8 @@
 
 A schema becomes parts in normal form (`refs`), these become alternatives without combinators (`lower`), and these are
 written again (`emit`), what llguidance lacks in other keywords (`leaves`). What cannot be written to the letter is made
-wider, never in silence: the report says ``verified``, and the document is validated when it is complete. Everything else
-that is done to a schema only narrows it.
+wider, never in silence: the report says ``verified``, and the document is validated when it is complete. All else that
+is done to a schema narrows it.
 """
 
 from __future__ import annotations

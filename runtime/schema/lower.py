@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import combinations
+from operator import or_
 from typing import cast
 
 from agentkit.runtime.errors import SchemaError
@@ -13,12 +15,12 @@ from agentkit.runtime.schema.merge import Children, common_types, meet
 from agentkit.runtime.schema.negation import negate
 from agentkit.runtime.schema.parts import Json, Part, is_loose, name_of, trivial, types
 from agentkit.runtime.schema.report import Finding
-from agentkit.runtime.schema.unevaluated import close, seen_by
+from agentkit.runtime.schema.unevaluated import ALL, close, seen_by
 
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "not", "$by", "unevaluatedProperties", "unevaluatedItems")
 _UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
-#: What one part may become, and how often two are met in all, before the rest is left to llguidance or to the judge.
-_ALTERNATIVES, _MEETINGS = 256, 10_000
+#: What two lists of alternatives may become, and how often two are met in all, before the rest is left to the judge.
+_ALTERNATIVES, _MEETINGS = 128, 3000
 #: Parts that are lowered, and references that are followed, in all.
 _LOWERINGS, _OPENINGS = 20_000, 100_000
 #: Alternatives of a complement by which a branch of ``oneOf`` is made exclusive; sub-schemas looked into for emptiness.
@@ -132,7 +134,7 @@ class Lowering:
 
     def disjoint(self, one: Json, two: Json) -> bool:
         """Whether nothing is known to satisfy both of two flat parts."""
-        return not self._product([one], [two], False)
+        return not self._meet(one, two)
 
     def _members(self, part: Json) -> Sequence[Part]:
         return cast("Sequence[Part]", part["allOf"]) if part.keys() <= {"$at", "allOf"} else [part]
@@ -148,25 +150,22 @@ class Lowering:
         found = [own]
         if "$ref" in part:
             target = {"$at": part.get("$at", ""), "$ref": part["$ref"]}
-            found = self._product(found, self.opened(target, inside) if inside else [target], inside)
+            found = self._product(found, self.opened(target, inside) if inside else [target], part, "$ref")
         for inner in part.get("allOf", ()):
-            found = self._product(found, self.lower(inner, inside), inside)
+            found = self._product(found, self.lower(inner, inside), part, "allOf")
         if "not" in part:
-            found = self._product(found, self.lower(self._complement(part["not"], _loose_not(part))), inside)
+            without = self.lower(negate(part["not"], self, _loose_not(part)))
+            found = self._product(found, without, part, part.get("$by", "not"))
         if "anyOf" in part:
-            found = self._product(found, self._any(part["anyOf"], inside, part), inside)
+            found = self._product(found, self._any(part["anyOf"], inside, part), part, "anyOf")
         if "oneOf" in part:
-            found = [flat for context in found for flat in self._one(context, part["oneOf"], part, inside)]
+            found = [flat for context in found for flat in self._one(context, part, inside)]
         if closing:
             found = [flat for open_ in found for flat in self._closed(open_, part)]
-            if not seen:
-                found = [{key: value for key, value in flat.items() if key != "$seen"} for flat in found]
-            else:
-                found = [{**flat, "$seen": flat["$seen"] | seen_by(part)} for flat in found]
+            if seen:
+                return [{**flat, "$seen": flat["$seen"] | seen_by(part)} for flat in found]
+            return [{key: value for key, value in flat.items() if key != "$seen"} for flat in found]
         return found
-
-    def _complement(self, part: Part, loose: Finding) -> Part:
-        return negate(part, self, loose)
 
     def _any(self, branches: Sequence[Part], seen: bool, part: Json) -> list[Json]:
         lists = [self.lower(branch, seen) for branch in branches]
@@ -178,40 +177,34 @@ class Lowering:
                 for chosen in combinations(lists, size):
                     together = chosen[0]
                     for other in chosen[1:]:
-                        together = self._product(together, other, seen)
+                        together = self._product(together, other, part, "anyOf")
                     flats = [*together, *flats]
             return flats
-        at = part.get("$at", "")
-        loose = Finding(at, "anyOf", "verified", "what is left unevaluated depends on which branches hold.")
-        union = flats[0]["$seen"]
-        for flat in flats[1:]:
-            union |= flat["$seen"]
+        reason = "what is left unevaluated depends on which branches hold."
+        loose = Finding(part.get("$at", ""), "anyOf", "verified", reason)
+        union = reduce(or_, (flat["$seen"] for flat in flats))
         return [{**_loosened(flat, loose), "$seen": union} for flat in flats]
 
-    def _one(self, context: Json, branches: Sequence[Part], part: Json, seen: bool) -> list[Json]:
-        """The alternatives of ``oneOf`` beside `context`: as they are where no two hold together, else without each
-        other's, else loose."""
-        lists = [self._product([context], self.lower(branch, seen), seen) for branch in branches]
+    def _one(self, context: Json, part: Json, seen: bool) -> list[Json]:
+        """The alternatives of ``oneOf`` beside `context`: as they are where no two hold together, else each without the
+        others', else loose."""
+        branches: list[Part] = part["oneOf"]
+        lists = [self._product([context], self.lower(branch, seen), part, "oneOf") for branch in branches]
         pairs = overlapping(lists, self)
-        if not pairs:
-            return [flat for alternatives in lists for flat in alternatives]
-        at = part.get("$at", "")
-        loose = Finding(at, "oneOf", "verified", "that exactly one branch fits is not enforced, only that one does.")
-        apart = list(lists) if pairs is not True else None
-        for i, j in pairs if pairs is not True else ():
+        reason = "that exactly one branch fits is not enforced, only that one does."
+        loose = Finding(part.get("$at", ""), "oneOf", "verified", reason)
+        for i, j in pairs or ():
             for this, other in ((i, j), (j, i)):
-                without = self._complement(branches[other], loose)
+                without = negate(branches[other], self, loose)
                 alternatives = self.lower(without)
                 if len(alternatives) > _COMPLEMENT or is_loose(without):
-                    apart = None
+                    pairs = None
                     break
-                if apart is not None:
-                    apart[this] = self._product(apart[this], alternatives, seen)
-            if apart is None:
+                lists[this] = self._product(lists[this], alternatives, part, "oneOf")
+            if pairs is None:
                 break
-        if apart is not None:
-            return [flat for alternatives in apart for flat in alternatives]
-        return [_loosened(flat, loose) for alternatives in lists for flat in alternatives]
+        flats = [flat for alternatives in lists for flat in alternatives]
+        return flats if pairs is not None else [_loosened(flat, loose) for flat in flats]
 
     def _closed(self, flat: Json, part: Json) -> list[Json]:
         try:
@@ -219,21 +212,28 @@ class Lowering:
         except ValueError as error:
             loose = Finding(part.get("$at", ""), "unevaluatedItems", "verified", f"{error}; this is not followed.")
             return [_loosened(flat, loose)]
-        return self._product([flat], [asked], True)
+        return self._meet(flat, asked)
 
-    def _product(self, ones: Sequence[Json], twos: Sequence[Json], seen: bool) -> list[Json]:
-        """Alternatives for what satisfies one of each."""
-        if len(ones) == len(twos) == 1:
-            return self._meet(ones[0], twos[0], seen)
-        if len(ones) * len(twos) + self._meetings > _MEETINGS:
-            return _side_by_side(ones, twos)
+    def _product(self, ones: list[Json], twos: list[Json], part: Json, keyword: str) -> list[Json]:
+        """Alternatives for what satisfies one of each; `ones`, loose, where they would be too many.
+
+        Args:
+            ones, twos: flat parts.
+            part, keyword: where `twos` come from.
+        """
+        if len(ones) == 1 and trivial(ones[0]):
+            return twos
+        several = len(ones) > 1 and len(twos) > 1
         found: list[Json] = []
-        for one in ones:
-            for two in twos:
-                found += self._meet(one, two, seen)
-        return found if len(found) <= _ALTERNATIVES or len(twos) == 1 else _side_by_side(ones, twos)
+        if not several or len(ones) * len(twos) + self._meetings <= _MEETINGS:
+            found = [flat for one in ones for two in twos for flat in self._meet(one, two)]
+            if not several or len(found) <= _ALTERNATIVES:
+                return found
+        reason = "together with what stands beside it, this has too many alternatives."
+        loose = Finding(part.get("$at", ""), keyword, "verified", reason)
+        return [_loosened({**one, "$seen": ALL} if "$seen" in one else one, loose) for one in ones]
 
-    def _meet(self, one: Json, two: Json, seen: bool) -> list[Json]:
+    def _meet(self, one: Json, two: Json) -> list[Json]:
         self._meetings += 1
         if trivial(one):
             return [two]
@@ -241,41 +241,23 @@ class Lowering:
             return [one]
         if name_of(one) is not None and name_of(one) == name_of(two):
             return [one]
-        ones, twos = self.opened(one, seen), self.opened(two, seen)
+        ones, twos = self.opened(one), self.opened(two)
         for flat, other, others in ((one, two, twos), (two, one, ones)):
             # A type beside a reference that allows no other says nothing new.
             if (
-                others != [other]
+                name_of(other) is not None
                 and flat.keys() <= {"$at", "type"}
                 and all(common_types(types(each), types(flat)) == types(each) for each in others)
             ):
                 return [other]
-        found: list[Json] = []
-        for first in ones:
-            for second in twos:
-                merged = meet(first, second, self.children)
-                if merged is not None:
-                    found.append(merged)
-        return found
+        met = (meet(first, second, self.children) for first in ones for second in twos)
+        return [flat for flat in met if flat is not None]
 
 
 def _loosened(flat: Json, loose: Finding) -> Json:
     if name_of(flat) is not None:
         return {"$at": flat.get("$at", ""), "allOf": (flat,), "$loose": (loose,)}
     return {**flat, "$loose": (*flat.get("$loose", ()), loose)}
-
-
-def _side_by_side(ones: Sequence[Json], twos: Sequence[Json]) -> list[Json]:
-    """Two lists of alternatives that are too many to be multiplied out."""
-    choice: Json = {"anyOf": list(twos)}
-    found: list[Json] = []
-    for one in ones:
-        flat: Json = {"$at": one.get("$at", ""), "allOf": (one, choice)}
-        for each in (one, *twos):
-            if "$seen" in each:
-                flat["$seen"] = flat["$seen"] | each["$seen"] if "$seen" in flat else each["$seen"]
-        found.append(flat)
-    return found
 
 
 def _loose_not(part: Json) -> Finding:

@@ -46,10 +46,9 @@ def meet(a: Json, b: Json, children: Children) -> Json | None:
         else:
             given = a if key in a else b
             out |= {k: given[k] for k in (_CONTAINS if key == "contains" else (key,)) if k in given}
-    doubtful: list[Part] = []
     if any(key in a for key in _OBJECT) and any(key in b for key in _OBJECT):
         if _mergeable(a, b) and _mergeable(b, a):
-            doubtful = _unite_objects(a, b, out, children)
+            _unite_objects(a, b, out, children)
         else:
             out |= {key: a[key] for key in _OBJECT if key in a}
             rest |= {key: b[key] for key in _OBJECT if key in b}
@@ -60,7 +59,7 @@ def meet(a: Json, b: Json, children: Children) -> Json | None:
         out["allOf"] = (*out.get("allOf", ()), {"$at": b.get("$at", ""), **rest})
     if "$seen" in a or "$seen" in b:
         out["$seen"] = a["$seen"] | b["$seen"] if "$seen" in a and "$seen" in b else a.get("$seen") or b["$seen"]
-    return out if possible(out, children, doubtful) else None
+    return out if possible(out, children, _doubtful(a, b, out)) else None
 
 
 def _unite_leaves(a: Json, b: Json, out: Json, rest: Json) -> None:
@@ -120,19 +119,26 @@ def matches(pattern: str, name: str) -> bool:
         return True
 
 
-def _unite_objects(a: Json, b: Json, out: Json, children: Children) -> list[Part]:
-    """Unite what is said of properties; what both say of a required one is returned, for it may be impossible."""
+def _doubtful(a: Json, b: Json, out: Json) -> list[Part]:
+    """Sub-schemas of required properties that were not both there and asked for, either in `a` or in `b`."""
+    found: list[Part] = []
+    for name in out.get("required", ()):
+        part = property_of(out, name)
+        if not any(name in each.get("required", ()) and property_of(each, name) is part for each in (a, b)):
+            found.append(part)
+    return found
+
+
+def _unite_objects(a: Json, b: Json, out: Json, children: Children) -> None:
+    """Unite what is said of properties."""
     ours, theirs = a.get("properties", {}), b.get("properties", {})
     patterns_a, patterns_b = a.get("patternProperties", {}), b.get("patternProperties", {})
     rest_a, rest_b = a.get("additionalProperties", {}), b.get("additionalProperties", {})
     properties: dict[str, Part] = {}
-    doubtful: list[Part] = []
     for name in (*ours, *(name for name in theirs if name not in ours)):
         one = ours[name] if name in ours else _of_rest(name, patterns_a, rest_a)
         two = theirs[name] if name in theirs else _of_rest(name, patterns_b, rest_b)
-        properties[name] = both = children.both(one, two)
-        if name in out.get("required", ()) and both is not one and both is not two:
-            doubtful.append(both)
+        properties[name] = children.both(one, two)
     if properties:
         out["properties"] = properties
     patterns: dict[str, Part] = {}
@@ -145,7 +151,6 @@ def _unite_objects(a: Json, b: Json, out: Json, children: Children) -> list[Part
         out["patternProperties"] = patterns
     if "additionalProperties" in a or "additionalProperties" in b:
         out["additionalProperties"] = children.both(rest_a, rest_b)
-    return doubtful
 
 
 def _of_rest(name: str, patterns: Mapping[str, Part], rest: Part) -> Part:

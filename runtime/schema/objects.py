@@ -7,11 +7,10 @@ properties where all declared ones are required, and takes patterns no two of wh
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import cast
 
 from agentkit.runtime.schema.automaton import Automaton, listed, searched
-from agentkit.runtime.schema.backend import refusal
 from agentkit.runtime.schema.backtracking import Patient
 from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, met, whole, without
 from agentkit.runtime.schema.patterns import Untranslatable
@@ -43,8 +42,9 @@ def rewrite(part: Json, note: Note) -> Json:
     if any(key in part for key in _KEYWORDS):
         part = whole(part, "minProperties", "maxProperties")
         part = _names(part, note)
+        given = list(cast("Json", part.get("patternProperties", {})))
         part = _patterns(part, note)
-        part = _unescaped(part, note)
+        part = _unescaped(part, given, note)
         part = _bounds(part, note)
     _repeats(part, note)
     return part
@@ -61,12 +61,24 @@ def _patterns(part: Json, note: Note) -> Json:
             texts = translated(pattern)
             text = texts[0] if len(texts) == 1 else searched(pattern).pattern()
             read[text] = _met([read[text], schema]) if text in read else schema
+        part = _beyond(part, given, list(read))
     except Untranslatable as error:
         note("patternProperties", "verified", f"names with {error} cannot be told while decoding.")
         return _any_name(part)
-    if len(read) > 1 and not _disjoint(read):
-        read = _set_apart(read, note)
+    if len(read) > 1:
+        read = _set_apart(read, given, note)
     return {**part, "patternProperties": _beside(part, read, note)}
+
+
+def _beyond(part: Json, given: Json, texts: list[str]) -> Json:
+    """A part in which declared names that only Python's reading of a pattern finds meet its schema by themselves."""
+    declared = cast("Json", part.get("properties", {}))
+    found: Json = {}
+    for name in (*declared, *cast("list[str]", part.get("required", []))):
+        held = [schema for pattern, schema in given.items() if matches(pattern, name)]
+        if held and not any(matches(text, name) for text in texts):
+            found[name] = _met([declared.get(name, True), *held])
+    return {**part, "properties": {**declared, **found}} if found else part
 
 
 def _beside(part: Json, patterns: Json, note: Note) -> Json:
@@ -84,31 +96,32 @@ def _beside(part: Json, patterns: Json, note: Note) -> Json:
     return kept
 
 
-def _disjoint(patterns: Json) -> bool:
-    names = {pattern: {"type": "null"} for pattern in patterns}
-    return not refusal({"type": "object", "patternProperties": names})
+def _set_apart(read: Json, given: Json, note: Note) -> Json:
+    """Patterns for the names that match one of `read`, and for those that match several; all of them disjoint.
 
-
-def _set_apart(read: Json, note: Note) -> Json:
-    """Patterns for the names that match one of `read`, and for those that match several; all of them disjoint."""
+    A name that only one dialect finds another pattern in is under neither.
+    """
     schemas = list(read.values())
+    together = "|".join(f"(?:{pattern})" for pattern in read)
     if all(schema == schemas[0] for schema in schemas):
-        return {"|".join(f"(?:{pattern})" for pattern in read): schemas[0]}
-    apart: list[tuple[Automaton, list[object]]] = []
+        return {together: schemas[0]}
     try:
-        for pattern, schema in read.items():
-            rest = searched(pattern)
-            for names, held in list(apart):
-                shared = names.both(rest)
-                if not shared.empty:
-                    apart.remove((names, held))
-                    apart += [(shared, [*held, schema]), (names.minus(rest), held)]
-                    rest = rest.minus(names)
-            apart.append((rest, [schema]))
-        return {names.pattern(): _met(held) for names, held in apart if not names.empty}
+        narrow = [searched(pattern) for pattern in given]
+        wide = [searched(pattern, wide=True) for pattern in given]
+        if all(narrow[i].both(wide[j]).empty for i, j in permutations(range(len(given)), 2)):
+            return read
+        cells: list[tuple[Automaton, list[object]]] = [(searched(""), [])]
+        for inside, outside, schema in zip(narrow, wide, given.values(), strict=True):
+            cells = [
+                cell
+                for names, held in cells
+                for cell in ((names.both(inside), [*held, schema]), (names.minus(outside), held))
+                if not cell[0].empty
+            ]
+        return {names.pattern(): _met(held) for names, held in cells if held}
     except Untranslatable:
         note("patternProperties", "verified", "a name that matches several patterns is held to one of them only.")
-        return {"|".join(f"(?:{pattern})" for pattern in read): {"anyOf": schemas}}
+        return {together: {"anyOf": schemas}}
 
 
 def _met(schemas: list[object]) -> object:
@@ -127,9 +140,12 @@ def _any_name(part: Json) -> Json:
     return {**without(part, "patternProperties"), "additionalProperties": schema}
 
 
-def _unescaped(part: Json, note: Note) -> Json:
-    """All other names as a pattern too: in those of ``additionalProperties`` llguidance takes any escape, so that
-    ``"\\u0061"`` would stand for a declared ``"a"`` and have a value of another schema."""
+def _unescaped(part: Json, given: list[str], note: Note) -> Json:
+    """All names that match no `given` pattern as a pattern too.
+
+    In those of ``additionalProperties`` llguidance takes any escape, so that ``"\\u0061"`` would stand for a declared
+    ``"a"`` and have a value of another schema.
+    """
     others = part.get("additionalProperties", True)
     declared, patterns = cast("Json", part.get("properties", {})), cast("Json", part.get("patternProperties", {}))
     free = others is True or others == {}
@@ -141,7 +157,7 @@ def _unescaped(part: Json, note: Note) -> Json:
         rest = _ANY  # but for declared names, which llguidance sees to
     else:
         try:
-            rest = _rest(list(patterns), [] if free and not any(map(_escaped, declared)) else list(declared))
+            rest = _rest(given if patterns else [], [] if free and not any(map(_escaped, declared)) else list(declared))
         except Untranslatable:
             note("additionalProperties", "verified", "with escapes a declared name could be written as another one.")
             return part
@@ -160,7 +176,7 @@ def _rest(patterns: list[str], declared: list[str]) -> str | None:
         raise Untranslatable("size")
     rest = searched("")
     for pattern in patterns:
-        rest = rest.minus(searched(pattern))
+        rest = rest.minus(searched(pattern, wide=True))
     if declared:
         rest = rest.minus(listed(declared))
     return None if rest.empty else rest.pattern()
@@ -209,8 +225,7 @@ def _named(part: Json, rule: Json) -> Json:
     read: Json = {}
     rest = free.minus(listed(taken)) if taken else free
     for pattern, schema in given.items():
-        names = searched(pattern)
-        shared, rest = names.both(free), rest.minus(names)
+        shared, rest = searched(pattern).both(free), rest.minus(searched(pattern, wide=True))
         if not shared.empty:
             read[shared.pattern()] = schema
     if others is not False and not rest.empty:

@@ -78,8 +78,8 @@ _parser = import_module("re._parser")
 
 
 @lru_cache(maxsize=256)
-def parse(pattern: str) -> Node:
-    """The tree of a pattern.
+def parse(pattern: str, wide: bool = False) -> Node:
+    """The tree of a pattern: of what both dialects find it in, or with `wide` of what either does.
 
     Raises:
         Untranslatable: it holds what the tree has no word for, such as a back-reference.
@@ -88,7 +88,7 @@ def parse(pattern: str) -> Node:
     if len(pattern) > _LONGEST or _nesting(pattern) > _DEEPEST:
         raise Untranslatable("size")
     tree = _parser.parse(pattern)
-    return _Reader(wide=False).sequence(tree, tree.state.flags)
+    return _Reader(wide).sequence(tree, tree.state.flags)
 
 
 def _nesting(pattern: str) -> int:
@@ -200,13 +200,13 @@ def joined(parts: Sequence[Node]) -> Node:
     return flat[0] if len(flat) == 1 else Join(tuple(flat))
 
 
-def conditions(pattern: str) -> tuple[Node, tuple[Ahead, ...]]:
-    """A pattern as one without look-ahead, and conditions on the beginning of a string beside it.
+def conditions(pattern: str, wide: bool = False) -> tuple[Node, tuple[Ahead, ...]]:
+    """A pattern as one without look-ahead, and conditions on the beginning of a string beside it; `wide` as in `parse`.
 
     Raises:
         Untranslatable: look-ahead stands elsewhere.
     """
-    sequence = list(parts(parse(pattern)))
+    sequence = list(parts(parse(pattern, wide)))
     at, anchored = 0, False
     found: list[Ahead] = []
     while at < len(sequence):

@@ -67,7 +67,7 @@ class Reader:
             raise SchemaError(f"The schema has more than {MAX_PARTS:,} parts. Split it.")
         schema = cast("Json", value)
         dialect = dialect_of(schema, dialect)
-        if schema is not self._document and ("$id" in schema or "id" in schema):
+        if schema is not self._document and isinstance(schema.get("$id", schema.get("id")), str):
             resolver = resolver.in_subresource(_specification(dialect).create_resource(schema))
         kept, places = modern(schema, dialect)
         part: Json = {"$at": at}
@@ -103,7 +103,7 @@ class Reader:
             return
         try:
             found = lookup_recursive_ref(resolver) if key == "$recursiveRef" else resolver.lookup(target)
-        except (referencing.exceptions.Unresolvable, ValueError, TypeError, LookupError):
+        except (referencing.exceptions.Unresolvable, ValueError, TypeError, LookupError, AttributeError):
             remedy = (
                 "which does not exist. Correct it."
                 if target.startswith("#")

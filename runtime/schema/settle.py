@@ -12,7 +12,7 @@ from agentkit.runtime.schema.parts import Json, Part, children, pointer
 from agentkit.runtime.schema.report import Finding
 
 #: Compilations in search of what is refused, and parts that are made wider in one schema.
-_TRIALS, _WIDENED = 256, 32
+_TRIALS, _WIDENED = 96, 24
 #: CPU time for all of that.
 _SECONDS = 1.0
 #: What is never left out of a part as long as something else can be.
@@ -30,9 +30,10 @@ class Settler:
     """
 
     def __init__(self, options: Json, places: Mapping[int, str]) -> None:
-        self.findings: list[Finding] = []
+        self.findings: dict[Finding, None] = {}
         self._options, self._places = options, dict(places)
         self._left, self._until = _TRIALS, time.thread_time() + _SECONDS
+        self._kept: list[Json] = []  # whose parts' identities are in `places`
 
     def settle(self, schema: Json) -> Json:
         """`schema`, with keywords left out where llguidance would not take it; each is among the findings.
@@ -40,28 +41,29 @@ class Settler:
         Raises:
             SchemaError: nothing satisfies it, or it could not be found what to leave out.
         """
-        reason = self._refused(schema, schema)
         for _ in range(_WIDENED):
+            reason = refusal({**schema, "x-guidance": self._options})
             if not reason:
                 return schema
+            self._kept.append(schema)
             path, part, why = self._locate(schema, reason)
             at = self._places.get(id(part), pointer(path))
             if "nsatisfiable" in why or "empty" in why:
                 without = self._replaced(schema, part, False)
                 if without is False:
                     raise _error(at, why)
-                self.findings.append(Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out."))
+                self.findings[Finding(at, "false", "exact", f"nothing satisfies this ({why}); it is left out.")] = None
                 schema = without
             else:
                 wider, key = self._wider(schema, part)
                 if key is None:
                     raise _error(at, why)
-                self.findings.append(Finding(at, key, "verified", f"{why}."))
+                self.findings[Finding(at, key, "verified", f"{why}.")] = None
                 schema = cast("Json", self._replaced(schema, part, wider))
-            reason = self._refused(schema, schema)
         raise _error("", reason)
 
     def _refused(self, schema: Json, part: Json) -> str:
+        """Why a part is refused on its own; empty if it is not, or once there have been too many trials."""
         self._left -= 1
         if time.thread_time() > self._until:
             raise SchemaError("The schema cannot be enforced; what is at fault takes too long to find. Simplify it.")
@@ -107,6 +109,9 @@ class Settler:
 
     def _wider(self, schema: Json, part: Json) -> tuple[Json, str | None]:
         """A part with as little less as llguidance takes, and the keyword that it lacks."""
+        if self._left <= 0:
+            kept = {key: part[key] for key in ("type", "$defs") if key in part}
+            return kept, next((key for key in part if key not in kept), None)
         optional = [key for key in part if key not in _KEPT and key != "$defs"]
         for key in [*optional, *(key for key in part if key in _KEPT and key != "type")]:
             less = {other: value for other, value in part.items() if other not in (key, _REST.get(key))}

@@ -1,7 +1,7 @@
 """A quick look at whether a schema is one.
 
-jsonschema answers by validating it against its metaschema, which took most of the time of a compilation (2 of 3 ms for a
-tool). Nearly every schema is plainly valid, and only where this is not seen at a glance is jsonschema asked.
+jsonschema answers by validating it against its metaschema, which took most of the time of a compilation (2 of 3 ms for
+a tool). Nearly every schema is plainly valid, and only where this is not seen at a glance is jsonschema asked.
 """
 
 from __future__ import annotations

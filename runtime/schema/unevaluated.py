@@ -40,6 +40,9 @@ class Seen:
         )
 
 
+ALL = Seen(others=True, items=True)
+
+
 def seen_by(part: Json) -> Seen:
     """What a part's own keywords evaluate; everything, where it is not known what the part says."""
     unknown = "$loose" in part

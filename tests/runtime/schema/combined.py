@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice, permutations, product
 from typing import Any
 
@@ -13,6 +14,13 @@ NAMES = ("a", "b", "ab", "c")
 _SCALARS: tuple[Any, ...] = (None, True, False, 0, 1, 2, 5, -1, 1.5, "", "a", "b", "ab", "abc")
 
 
+@dataclass(frozen=True)
+class _Draw:
+    rng: random.Random
+    modern: bool
+    references: tuple[str, ...]
+
+
 def random_combined(rng: random.Random, modern: bool = True) -> Json:
     """A schema of a few levels. Two of its parts have names and refer to each other.
 
@@ -20,10 +28,12 @@ def random_combined(rng: random.Random, modern: bool = True) -> Json:
         rng: decides.
         modern: in draft 2020-12; else in draft 7.
     """
-    schema = _schema(rng, 3, modern)
+    # No part leads to itself in place: what `y` says of itself, it says of a property.
+    draw = _Draw(rng, modern, ("#/$defs/x", "#/$defs/y"))
+    schema = _schema(draw, 3)
     if not isinstance(schema, dict):
         schema = {"allOf": [schema]}
-    definitions = {"x": _schema(rng, 2, modern), "y": _object(rng, 2, modern)}
+    definitions = {"x": _schema(_Draw(rng, modern, ("#/$defs/y",)), 2), "y": _object(draw, 2)}
     definitions["y"]["properties"] = {"a": {"$ref": "#/$defs/y"}, **definitions["y"].get("properties", {})}
     if modern and rng.random() < 0.2:
         schema["unevaluatedProperties"] = rng.choice([False, {"type": "integer"}])
@@ -36,70 +46,72 @@ def random_combined(rng: random.Random, modern: bool = True) -> Json:
     }
 
 
-def _schema(rng: random.Random, depth: int, modern: bool) -> Any:
+def _schema(draw: _Draw, depth: int) -> Any:
     if depth <= 0:
-        return _leaf(rng)
-    match rng.randrange(16):
+        return _leaf(draw.rng)
+    match draw.rng.randrange(16):
         case 0 | 1:
-            return {rng.choice(["allOf", "anyOf", "oneOf"]): _several(rng, depth, modern)}
+            return {draw.rng.choice(["allOf", "anyOf", "oneOf"]): _several(draw, depth)}
         case 2 | 3:
             return {
-                **_object(rng, depth, modern),
-                rng.choice(["allOf", "anyOf", "oneOf"]): _several(rng, depth, modern),
+                **_object(draw, depth),
+                draw.rng.choice(["allOf", "anyOf", "oneOf"]): _several(draw, depth),
             }
         case 4:
-            return {"not": _schema(rng, depth - 1, modern)}
+            return {"not": _schema(draw, depth - 1)}
         case 5:
-            return {**_object(rng, depth, modern), "not": _schema(rng, depth - 1, modern)}
+            return {**_object(draw, depth), "not": _schema(draw, depth - 1)}
         case 6:
-            branches = {key: _schema(rng, depth - 1, modern) for key in ("then", "else") if rng.random() < 0.7}
-            return {"if": _schema(rng, depth - 1, modern), **branches}
-        case 7 if modern:
-            needs = {rng.choice(NAMES): rng.sample(NAMES, rng.randint(0, 2)) for _ in range(2)}
-            return {**_object(rng, depth, modern), "dependentRequired": needs}
+            branches = {key: _schema(draw, depth - 1) for key in ("then", "else") if draw.rng.random() < 0.7}
+            return {"if": _schema(draw, depth - 1), **branches}
+        case 7 if draw.modern:
+            needs = {draw.rng.choice(NAMES): draw.rng.sample(NAMES, draw.rng.randint(0, 2)) for _ in range(2)}
+            return {**_object(draw, depth), "dependentRequired": needs}
         case 7 | 8:
-            key = "dependentSchemas" if modern else "dependencies"
-            return {**_object(rng, depth, modern), key: {rng.choice(NAMES): _schema(rng, depth - 1, modern)}}
+            key = "dependentSchemas" if draw.modern else "dependencies"
+            return {**_object(draw, depth), key: {draw.rng.choice(NAMES): _schema(draw, depth - 1)}}
         case 9:
-            return {"$ref": rng.choice(["#/$defs/x", "#/$defs/y"]), **(_object(rng, depth, modern) if modern else {})}
+            return {"$ref": draw.rng.choice(draw.references), **(_object(draw, depth) if draw.modern else {})}
         case 10:
-            return _array(rng, depth, modern)
+            return _array(draw, depth)
         case 11:
-            return rng.choice([True, False, {}, _leaf(rng)])
+            return draw.rng.choice([True, False, {}, _leaf(draw.rng)])
         case _:
-            return _object(rng, depth, modern)
+            return _object(draw, depth)
 
 
-def _several(rng: random.Random, depth: int, modern: bool) -> list[Any]:
-    return [_schema(rng, depth - 1, modern) for _ in range(rng.randint(1, 3))]
+def _several(draw: _Draw, depth: int) -> list[Any]:
+    return [_schema(draw, depth - 1) for _ in range(draw.rng.randint(1, 3))]
 
 
-def _object(rng: random.Random, depth: int, modern: bool) -> Json:
-    schema: Json = {"type": "object"} if rng.random() < 0.7 else {}
-    names = rng.sample(NAMES, rng.randint(0, 3))
+def _object(draw: _Draw, depth: int) -> Json:
+    schema: Json = {"type": "object"} if draw.rng.random() < 0.7 else {}
+    names = draw.rng.sample(NAMES, draw.rng.randint(0, 3))
     if names:
-        schema["properties"] = {name: _schema(rng, depth - 2, modern) for name in names}
-    if rng.random() < 0.5:
-        schema["required"] = rng.sample(NAMES, rng.randint(1, 2))
-    if rng.random() < 0.15:
-        schema["patternProperties"] = {rng.choice(["^a", "b$"]): _leaf(rng)}
-    if rng.random() < 0.4:
-        schema["additionalProperties"] = rng.choice([False, False, _leaf(rng)])
+        schema["properties"] = {name: _schema(draw, depth - 2) for name in names}
+    if draw.rng.random() < 0.5:
+        schema["required"] = draw.rng.sample(NAMES, draw.rng.randint(1, 2))
+    if draw.rng.random() < 0.15:
+        schema["patternProperties"] = {draw.rng.choice(["^a", "b$"]): _leaf(draw.rng)}
+    if draw.rng.random() < 0.4:
+        schema["additionalProperties"] = draw.rng.choice([False, False, _leaf(draw.rng)])
     return schema
 
 
-def _array(rng: random.Random, depth: int, modern: bool) -> Json:
-    schema: Json = {"type": "array"} if rng.random() < 0.7 else {}
-    inner = _schema(rng, depth - 2, modern)
-    if rng.random() < 0.5:
-        prefix = [_leaf(rng) for _ in range(rng.randint(1, 2))]
-        schema |= {"prefixItems": prefix, "items": inner} if modern else {"items": prefix, "additionalItems": inner}
+def _array(draw: _Draw, depth: int) -> Json:
+    schema: Json = {"type": "array"} if draw.rng.random() < 0.7 else {}
+    inner = _schema(draw, depth - 2)
+    if draw.rng.random() < 0.5:
+        prefix = [_leaf(draw.rng) for _ in range(draw.rng.randint(1, 2))]
+        schema |= (
+            {"prefixItems": prefix, "items": inner} if draw.modern else {"items": prefix, "additionalItems": inner}
+        )
     else:
         schema["items"] = inner
-    if rng.random() < 0.5:
-        schema["minItems"] = rng.randint(0, 2)
-    if rng.random() < 0.5:
-        schema["maxItems"] = rng.randint(1, 3)
+    if draw.rng.random() < 0.5:
+        schema["minItems"] = draw.rng.randint(0, 2)
+    if draw.rng.random() < 0.5:
+        schema["maxItems"] = draw.rng.randint(1, 3)
     return schema
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.runtime.schema.judged import Judged
 
 NAMES = ["a", "b", "c", "ab"]
-OTHERS = ["d", "x", "ax", "xb", "cd"]
-PATTERNS = ["^a", "b$", "^[ab]+$", "c|d", "^x", "^a.$", "^(?!a)"]
+OTHERS = ["d", "x", "ax", "xb", "cd", "é", "a\n"]
+PATTERNS = ["^a", "b$", "^[ab]+$", "c|d", "^x", "^a.$", "^(?!a)", "^a$", r"^\w$", r"\W"]
 NAME_RULES: list[Any] = [
     *({"enum": ["a", "x", "d"]}, {"const": "a"}, {"pattern": "^[ab]"}, {"pattern": "^(?!a)"}, {"maxLength": 1}),
     *({"minLength": 2, "pattern": "b"}, {"type": "string"}, False, True),
@@ -67,7 +67,9 @@ def test_any_object_agrees_with_jsonschema(seed: int):
     for _ in range(15):
         names = rng.sample([*NAMES, *OTHERS], rng.randint(0, 4))
         values.append(in_order({name: rng.choice([1, 2, "a", "b", None, True]) for name in names}, schema))
-    assert judged.wrong(values) == [], judged.part
+    wrong = judged.wrong(values)
+    # Names in which only Python's reading finds a pattern may be refused.
+    assert not [one for one in wrong if "not accepted" not in one or ("é" not in one and "\\n" not in one)], judged.part
 
 
 @pytest.mark.parametrize(
