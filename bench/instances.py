@@ -98,6 +98,14 @@ def examine(backend: Backend, group: str, line: str) -> Outcome:
     return Outcome(group, case["id"], compiled.status, compiled.reason[:300], spent, masks.tobytes(), trials)
 
 
+def status(backend: Backend, schema: str) -> str:
+    """What becomes of a schema: ``exact``, ``verified`` or ``refused``."""
+    try:
+        return backend.compile(schema).status
+    except Refused:
+        return "refused"
+
+
 def _since(begin: float) -> float:
     return 1e3 * (time.process_time() - begin)
 

@@ -8,13 +8,16 @@ import resource
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar, cast
 
 from bench.backends import BACKENDS
 from bench.instances import Outcome, examine
 
 MEMORY = 8 << 30  # bytes of address space of a worker
 _START = 120.0  # seconds for a worker to load its vocabulary
+Answer = TypeVar("Answer")
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -54,7 +57,7 @@ def _drive(
         except IndexError:  # another thread was faster
             break
         try:
-            done[i] = worker.ask(group, line, patience)
+            done[i] = worker.ask(patience, examine, group, line)
         except Lost as lost:
             done[i] = Outcome(group, json.loads(line)["id"], "lost", str(lost))
             worker.kill()
@@ -76,12 +79,17 @@ class Worker:
         theirs.close()
         self._receive(_START)
 
-    def ask(self, group: str, line: str, patience: float) -> Outcome:
-        """`examine` over there."""
-        self._connection.send((group, line))
+    def ask(self, patience: float, function: Callable[..., Answer], *args: Any) -> Answer:
+        """What `function`, of a module, says over there about its backend and `args`.
+
+        Raises:
+            Lost: it said nothing for `patience` seconds, its process ended, or it raised.
+        """
+        self._connection.send((function, args))
         answer = self._receive(patience)
-        assert isinstance(answer, Outcome)
-        return answer
+        if isinstance(answer, Lost):
+            raise answer
+        return cast("Answer", answer)
 
     def kill(self) -> None:
         self._process.kill()
@@ -104,9 +112,8 @@ def _serve(name: str, connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection.send("ready")
     while True:
-        group, line = connection.recv()
+        function, args = connection.recv()
         try:
-            answer = examine(backend, group, line)
+            connection.send(function(backend, *args))
         except Exception as error:  # of a library, or of this bench
-            answer = Outcome(group, json.loads(line)["id"], "lost", repr(error))
-        connection.send(answer)
+            connection.send(Lost(repr(error)))
