@@ -22,7 +22,6 @@ from agentkit.runtime.schema.backtracking import Patient, explosive, require_pat
         r"^(([a-z])+.)+[A-Z]([a-z])+$",
         r"((a?){0,5}b)*$",
         r"(?=(a+)+$)a",
-        "(" * 300 + "a" + ")+" * 300,
     ],
 )
 def test_a_loop_that_reads_one_text_in_two_ways_is_found(pattern: str):
