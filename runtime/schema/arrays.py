@@ -6,9 +6,7 @@ import math
 from itertools import permutations
 from typing import Any, cast
 
-from jsonschema import Draft202012Validator
-
-from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, met, whole, without
+from agentkit.runtime.schema.kinds import COMBINING, Json, admits, lasting, met, satisfies, whole, without
 from agentkit.runtime.schema.report import Note
 
 _KEYWORDS = ("prefixItems", "items", "minItems", "maxItems", "uniqueItems", "contains", "minContains", "maxContains")
@@ -55,7 +53,7 @@ def _contains(part: Json, note: Note) -> Json:
     if None in branches:
         note("contains", "verified", "what an item of this kind and of the array's is has no grammar.")
         return _at_least(rest, least, None)
-    return {"anyOf": [*branches, *_others(part)], **annotations(part)}
+    return {"anyOf": [*branches, *_others(part)], **lasting(part)}
 
 
 def _every_item(part: Json, wanted: object) -> bool:
@@ -80,14 +78,14 @@ def _with_item(part: Json, prefix: list[Any], wanted: Json, at: int) -> Json | N
     if places[at] is None:
         return None
     least = max(at + 1, part.get("minItems", 0))
-    return {**without(part, *annotations(part)), "type": "array", "prefixItems": places, "minItems": least}
+    return {**without(part, *lasting(part)), "type": "array", "prefixItems": places, "minItems": least}
 
 
 def _others(part: Json) -> list[Json]:
     """Values of the part's other types: its array keywords say nothing about them."""
     kinds = part.get("type", ["null", "boolean", "number", "string", "object"])
     others = [kind for kind in (cast("list[str]", kinds) if isinstance(kinds, list) else [kinds]) if kind != "array"]
-    plain = without(part, *_KEYWORDS, *annotations(part))
+    plain = without(part, *_KEYWORDS, *lasting(part))
     return [{**plain, "type": others}] if others else []
 
 
@@ -127,10 +125,9 @@ def _values(items: object) -> list[object] | None:
     if set(schema) - {"enum", "const", "type", "title", "description", "default", "examples"} or len(given) > 512:
         return None
     kinds: Json = {"type": schema["type"]} if "type" in schema else {}
-    typed = Draft202012Validator(kinds)
     found: list[object] = []
     for value in given:
-        if typed.is_valid(value) and not Draft202012Validator({"enum": found}).is_valid(value):
+        if satisfies(value, kinds) and not satisfies(value, {"enum": found}):
             found.append(value)
     return found
 
@@ -150,4 +147,4 @@ def _written_out(part: Json, values: list[object], length: int) -> Json:
     ]
     if least > length:
         branches = [{"type": "array", "minItems": least, "maxItems": length}]  # no array at all
-    return {"anyOf": [*branches, *_others(part)], **annotations(part)}
+    return {"anyOf": [*branches, *_others(part)], **lasting(part)}

@@ -79,8 +79,8 @@ def _read_items(kept: Json, places: dict[str, str]) -> None:
 
 
 def _read_dependencies(kept: Json, places: dict[str, str]) -> None:
-    given = cast("Json", kept.pop("dependencies"))
-    lists = {name: value for name, value in given.items() if isinstance(value, list)}
+    given = cast("dict[str, object]", kept.pop("dependencies"))
+    lists = {name: cast("list[str]", value) for name, value in given.items() if isinstance(value, list)}
     schemas = {name: value for name, value in given.items() if not isinstance(value, list)}
     if lists:
         kept["dependentRequired"] = lists

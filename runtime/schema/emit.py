@@ -65,7 +65,9 @@ class Emitter:
         self._open[key] = None
         members = [self._flat(flat) for lowered in self._lowering.lower(part) for flat in spread(lowered)]
         found = [member for member in members if member is not False]
-        written: Part = False if not found else found[0] if len(found) == 1 else {"anyOf": found}
+        written: Part = False
+        if found:
+            written = found[0] if len(found) == 1 else {"anyOf": found}
         if written is not False:
             self.places.setdefault(id(written), part.get("$at", ""))
         name = self._open.pop(key)

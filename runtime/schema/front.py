@@ -154,8 +154,9 @@ def examples(text: str) -> tuple[str, ...]:
     while pending:
         part = pending.pop()
         pending += (child for _, child in children(part))
-        conjuncts = [part, *(inner for inner in part.get("allOf", ()) if isinstance(inner, dict))]
-        patterns = [inner["pattern"] for inner in conjuncts if isinstance(inner.get("pattern"), str)]
+        beside = cast("list[object]", part.get("allOf", []))
+        conjuncts = [part, *(cast("Json", inner) for inner in beside if isinstance(inner, dict))]
+        patterns: list[str] = [inner["pattern"] for inner in conjuncts if isinstance(inner.get("pattern"), str)]
         if len(patterns) == 1:
             found[example(patterns[0])] = None
         elif patterns:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from jsonschema import Draft202012Validator
+
+from agentkit.runtime.schema.backtracking import Patient
+
 Json = dict[str, Any]
 
 #: Keywords that hold a part to values or to other schemas, whatever else stands beside them.
@@ -30,7 +34,7 @@ def whole(part: Json, *keywords: str) -> Json:
     return {**part, **counts} if counts else part
 
 
-def annotations(part: Json) -> Json:
+def lasting(part: Json) -> Json:
     """What a part says that stays with it when the rest moves into branches."""
     kept = ("$schema", "$id", "$anchor", "$defs", "definitions", "title", "description")
     return {key: part[key] for key in kept if key in part}
@@ -56,3 +60,9 @@ def _conflicts(value: object) -> bool:
         inner = cast("Json", value)
         return not _CONFLICTING.isdisjoint(inner) or any(map(_conflicts, inner.values()))
     return isinstance(value, list) and any(map(_conflicts, cast("list[object]", value)))
+
+
+def satisfies(value: object, schema: Json) -> bool:
+    """Whether jsonschema finds a value valid, formats included."""
+    judge: Any = Patient(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    return bool(judge.is_valid(value))

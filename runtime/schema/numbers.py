@@ -137,7 +137,7 @@ def _cut(part: Json, given: Json) -> Json:
 
 def _shortened(bound: float) -> list[float]:
     """A positive number with one digit after the point, with two, and so on."""
-    places = -Decimal(repr(bound)).as_tuple().exponent if bound > 0 else 0
+    places = len(format(Decimal(repr(bound)), "f").partition(".")[2]) if bound > 0 else 0
     return [math.floor(Decimal(repr(bound)) * 10**n) / 10**n for n in range(1, places)]
 
 

@@ -11,8 +11,7 @@ from itertools import combinations, permutations
 from typing import cast
 
 from agentkit.runtime.schema.automaton import Automaton, listed, searched
-from agentkit.runtime.schema.backtracking import Patient
-from agentkit.runtime.schema.kinds import COMBINING, Json, admits, annotations, met, whole, without
+from agentkit.runtime.schema.kinds import COMBINING, Json, admits, lasting, met, satisfies, whole, without
 from agentkit.runtime.schema.patterns import Untranslatable
 from agentkit.runtime.schema.report import Note
 from agentkit.runtime.schema.strings import matches, translated
@@ -195,8 +194,7 @@ def _names(part: Json, note: Note) -> Json:
         return part
     if "enum" in names or "const" in names:
         given = cast("list[object]", names.get("enum", [names.get("const")]))
-        known = Patient(names)
-        return _listed(part, [name for name in given if isinstance(name, str) and known.is_valid(name)])
+        return _listed(part, [name for name in given if isinstance(name, str) and satisfies(name, names)])
     try:
         return _named(part, names)
     except Untranslatable:
@@ -295,7 +293,7 @@ def _bounds(part: Json, note: Note) -> Json:
         return rest
     if not branches:
         return _none(part)
-    return {"anyOf": [*branches, *_others(part)], **annotations(part)}
+    return {"anyOf": [*branches, *_others(part)], **lasting(part)}
 
 
 def _none(part: Json) -> Json:
@@ -312,10 +310,10 @@ def _counted(
     other names are allowed too, fewer properties may be there, and llguidance counts the rest.
     """
     total = len(optional)
-    sizes = range(need, min(room, total) + 1) if most is not None else [need] if need <= total else []
-    fewer = [] if closed else range(min(need, total + 1))
+    sizes = range(need, min(room, total) + 1 if most is not None else min(need, total) + 1)
+    fewer = range(0 if closed else min(need, total + 1))
     if not closed and most is not None:
-        sizes, fewer = range(min(room, total) + 1), []
+        sizes, fewer = range(min(room, total) + 1), range(0)
     branches = sum(math.comb(total, size) for size in (*sizes, *fewer))
     members = max(1, len(cast("Json", part.get("properties", {}))))
     if branches * members > _MEMBERS:
@@ -345,7 +343,7 @@ def _branch(part: Json, chosen: tuple[str, ...], absent: list[str], counts: Json
     known = len(set(cast("list[str]", part.get("required", []))))
     kind: Json = {"type": "object", "properties": properties, "required": required}
     return {
-        **without(part, *annotations(part), "type"),
+        **without(part, *lasting(part), "type"),
         **kind,
         **{key: count + known for key, count in counts.items()},
     }
@@ -355,7 +353,7 @@ def _others(part: Json) -> list[Json]:
     """Values of the part's other types: its object keywords say nothing about them."""
     kinds = part.get("type", ["null", "boolean", "number", "string", "array"])
     others = [kind for kind in (cast("list[str]", kinds) if isinstance(kinds, list) else [kinds]) if kind != "object"]
-    plain = without(part, *_KEYWORDS, *annotations(part))
+    plain = without(part, *_KEYWORDS, *lasting(part))
     return [{**plain, "type": others}] if others else []
 
 

@@ -60,7 +60,7 @@ class Settler:
                     raise _error(at, why)
                 self.findings[Finding(at, key, "verified", f"{why}.")] = None
                 schema = cast("Json", self._replaced(schema, part, wider))
-        raise _error("", reason)
+        raise _error("", "too many of its keywords are unknown to the grammar")
 
     def _refused(self, schema: Json, part: Json) -> str:
         """Why a part is refused on its own; empty if it is not, or once there have been too many trials."""
@@ -87,7 +87,7 @@ class Settler:
                         self._places[id(made)] = self._places[id(inner)]
             elif isinstance(inner, list):
                 items = cast("list[object]", inner)
-                copied = list(map(copy, items))
+                copied = [copy(item) for item in items]
                 if any(one is not other for one, other in zip(copied, items, strict=True)):
                     made = copied
             copies[id(inner)] = made

@@ -91,9 +91,10 @@ def _type(value: object) -> bool:
 
 def _pattern(value: object) -> bool:
     try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, RecursionError, OverflowError):
+        re.compile(cast("str", value))
+    except (re.error, RecursionError, OverflowError, TypeError):
         return False
+    return True
 
 
 def _values(value: object) -> bool:

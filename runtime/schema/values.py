@@ -6,10 +6,7 @@ import math
 from decimal import Decimal
 from typing import cast
 
-from jsonschema import Draft202012Validator
-
-from agentkit.runtime.schema.backtracking import Patient
-from agentkit.runtime.schema.kinds import Json, without
+from agentkit.runtime.schema.kinds import Json, satisfies, without
 from agentkit.runtime.schema.numbers import EXACT, GREATEST
 from agentkit.runtime.schema.report import Note
 
@@ -33,8 +30,7 @@ def rewrite(part: Json, note: Note) -> Json:
         plain["const"] = part["const"]
     kept = listed
     if plain and len(listed) <= _JUDGED:
-        judge = Patient(plain, format_checker=Draft202012Validator.FORMAT_CHECKER)
-        kept = [value for value in listed if judge.is_valid(value)]
+        kept = [value for value in listed if satisfies(value, plain)]
         part = without(part, *plain, "const" if "enum" in part else "")
     writable = [value for value in kept if _writable(value)]
     if kept and not writable:

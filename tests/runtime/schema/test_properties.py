@@ -38,7 +38,7 @@ DOCUMENTS: list[tuple[dict[str, Any], Any]] = [
     ({"type": "string", "format": "date-time"}, "2024-02-29T23:59:59.25+05:30"),
     (
         {"anyOf": [{"type": "object", "properties": {"kind": {"const": "a"}}, "required": ["kind"]}, {"type": "null"}]},
-        {},
+        None,
     ),
     ({}, {"any": [{"thing": [[[]]]}, True, "", 12.75], "": {}}),
     ({"$ref": "#/$defs/n", "$defs": {"n": {"properties": {"next": {"$ref": "#/$defs/n"}}}}}, {"next": {"next": {}}}),
