@@ -19,7 +19,7 @@ from agentkit.limits import LimitName, Limits, Meter
 from agentkit.output import Constraint, OutputError
 from agentkit.result import CallRecord, RunResult, Session, Stop
 from agentkit.runtime.engine import Engine
-from agentkit.runtime.errors import AgentError, CapacityError
+from agentkit.runtime.errors import AgentError, CapacityError, DocumentError
 from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import GrammarSpec
 from agentkit.runtime.pins import Pin
@@ -122,6 +122,8 @@ class _Turn:
     records: dict[int, CallRecord] = field(default_factory=dict[int, CallRecord])
     ids: list[int] = field(default_factory=list[int])
     finish: Finish | None = None
+    sound: int = 0  # ids of what it says and of its complete calls
+    rejected: DocumentError | None = None  # it ended in a document that fails its schema
     unfinished: bool = False  # its budget ended before it came to a call or an answer
 
 
@@ -167,10 +169,13 @@ class Loop(Generic[Out]):
             self.meter.step += 1
             if turn.calls:
                 self.transcript.append(*self._results(turn))
+            if turn.calls and turn.rejected is None:
                 continue
             cut = turn.finish is not None and turn.finish.reason == "length"
             stop: Stop = reached or ("length" if cut else "answer")
             try:
+                if turn.rejected is not None:
+                    raise OutputError(str(turn.rejected)) from turn.rejected
                 return self._result(text, stop)
             except OutputError as error:
                 if retried or self.meter.reached or self.meter.room <= 2 * self.meter.reserve:
@@ -226,6 +231,8 @@ class Loop(Generic[Out]):
                 self._unpin()
                 if turn.calls:  # tools may run for long, and other requests meanwhile
                     self._pin = self.job.engine.pin([*self.transcript.ids, *turn.ids])
+            except DocumentError as error:  # complete calls have been made, and their tools run on
+                self._reject(turn, error)
             except AgentError as error:  # raised below: inside, it would come out as a group of exceptions
                 turn.unfinished = (
                     isinstance(error, CapacityError) and reached is None and self.meter.scarcest is not None
@@ -257,6 +264,8 @@ class Loop(Generic[Out]):
                 act = self._refuse if chunk.closing else self._act
                 for piece in detokenizer.feed_many(chunk.ids):
                     self._take(turn, parser.feed(piece), partial(start, act))
+                if parser.between:
+                    turn.sound = len(turn.ids)
 
         with anyio.move_on_after(seconds) as scope:
             await read()
@@ -269,9 +278,25 @@ class Loop(Generic[Out]):
         assert generation.finish is not None
         turn.finish = generation.finish
         turn.unfinished |= not turn.ids
-        self.usage += turn.finish.usage
-        self.meter.tokens += len(generation.ids)
-        self.emit(TurnFinished(self.meter.step, turn.finish.usage))
+        self._account(turn.finish.usage, len(generation.ids))
+
+    def _account(self, usage: Usage, tokens: int) -> None:
+        self.usage += usage
+        self.meter.tokens += tokens
+        self.emit(TurnFinished(self.meter.step, usage))
+
+    def _reject(self, turn: _Turn, error: DocumentError) -> None:
+        """A turn has ended in a document that was held back: as an answer the model may read it, as a call it is left
+        out, since a call that nobody answers is none that a template could write."""
+        self._account(error.usage, len(turn.ids) + len(error.ids))
+        turn.rejected = error
+        if error.whole:
+            turn.ids += error.ids
+            turn.text.append(
+                self.job.engine.vocab.decode(t for t in error.ids if t not in self.job.engine.vocab.end_ids)
+            )
+        else:
+            del turn.ids[turn.sound :]
 
     def _take(self, turn: _Turn, events: Sequence[Event], start: Callable[..., object]) -> None:
         for event in events:

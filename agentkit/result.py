@@ -107,7 +107,7 @@ class RunResult(Generic[Out]):
     Attributes:
         output: text, or what the agent's output type says.
         stop: how it ended.
-        usage: tokens cached, prefilled, decoded, forced, recomputed and drafted over all turns.
+        usage: tokens cached, prefilled, decoded, forced, recomputed, drafted and retried over all turns.
         calls: every tool call, in order.
         seconds: wall-clock time.
         session: to go on from.

@@ -119,6 +119,7 @@ class _Runner:
     """
 
     weight_bytes = 0
+    asynchronous = False
     memory = None
     digest = "scripted"
 

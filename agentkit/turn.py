@@ -19,6 +19,7 @@ from agentkit.runtime.grammar import (
     ChoiceSpec,
     GrammarSpec,
     JsonSpec,
+    Judged,
     LarkSpec,
     RegexSpec,
 )
@@ -123,6 +124,10 @@ def turn_spec(
     rules = _call_rules(usable, tags, parallel, reports)
     if choice == "auto":
         rules += _final_rules(final, reports)
+    verified = {name for name, report in reports if report.status == "verified"}
+    judged = [Judged(json.dumps(t.schema), *_header(t.name, tags)) for t in usable if f"tool {t.name}" in verified]
+    if isinstance(final, JsonSpec) and "output" in verified:
+        judged.append(Judged(final.schema))
     return LarkSpec(
         "\n".join([_start(choice, final, tags), *rules]),
         control=frozenset(t for t in (tags.open.token, tags.close.token) if t is not None),
@@ -135,7 +140,13 @@ def turn_spec(
             examples=tuple(sample for text in schemas for sample in examples(text)),
         ),
         reports=tuple(reports),
+        judged=tuple(judged),
     )
+
+
+def _header(name: str, tags: Tags) -> tuple[str, int | None]:
+    """What stands before the arguments of a call, and the control token before that."""
+    return ("" if tags.open.token is not None else tags.open.text) + _HEADER + name + _MIDDLE, tags.open.token
 
 
 def _plain(tags: Tags) -> LarkSpec:
@@ -264,6 +275,11 @@ class TurnParser:
     def in_text(self) -> bool:
         """Whether the turn stands in text, neither in a call nor in a typed output."""
         return self._state is _State.TEXT and not self._calls and self._kind is not OutputDelta
+
+    @property
+    def between(self) -> bool:
+        """Whether the turn stands outside of calls, and what came last cannot be the beginning of one."""
+        return self._state is _State.TEXT and not self._held
 
     def end(self) -> list[Event]:
         """The text that was still held back, once the turn has ended."""

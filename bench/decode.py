@@ -1,6 +1,6 @@
 """Prefill and decode of the embedded model: ours beside llama.cpp, transformers and the floor, in one run.
 
-    python bench/decode.py [--quick] [--json FILE] [--model PATH.gguf]
+    python bench/decode.py [--quick] [--json FILE] [--model PATH.gguf] [--profile]
 
 All read the same GGUF file, use the same threads and decode the same prompts greedily, in turn: a round measures each
 once, and what is compared are medians over rounds of ratios within a round, because a shared machine's speed drifts.
@@ -8,6 +8,8 @@ Each is a process of its own, so that the threads of one cannot keep the cores f
 
 The floor of a decode step is the bytes of weights it reads over the read bandwidth measured here, now; that of prefill
 the operations over the rate of torch's own fp32 or bf16 product, whichever is faster here.
+
+With ``--profile`` only ours runs, and what is printed is where a decode step's time goes, operator by operator.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Items
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +33,7 @@ import torch
 from agentkit.models import resolve
 from agentkit.runtime.load import Options, choose_dtype, load_engine
 from agentkit.runtime.request import Request
+from agentkit.runtime.sequence import Entry, Plan, Sequence
 
 TEXT = (
     "The history of the city begins with a small harbour, where traders met twice a year to exchange salt for cloth. "
@@ -43,7 +46,7 @@ EMPTY, LONG = 16, 1024
 class Contestant(Protocol):
     """One that decodes."""
 
-    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    def run(self, prompts: Items[list[int]], new: int) -> tuple[float, float]:
         """Decode ``new`` tokens after each prompt: seconds until all have their first, and seconds for the rest."""
         ...
 
@@ -52,10 +55,10 @@ class Ours:
     def __init__(self, path: Path) -> None:
         self.engine = load_engine(path, Options(drafts=False))
 
-    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    def run(self, prompts: Items[list[int]], new: int) -> tuple[float, float]:
         return anyio.run(self._run, prompts, new)
 
-    async def _run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    async def _run(self, prompts: Items[list[int]], new: int) -> tuple[float, float]:
         firsts: list[float] = []
         begin = time.perf_counter()
 
@@ -80,7 +83,7 @@ class LlamaCpp:
             str(path), n_ctx=2 * LONG, n_batch=LONG, n_threads=threads, n_threads_batch=threads, verbose=False
         )
 
-    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    def run(self, prompts: Items[list[int]], new: int) -> tuple[float, float]:
         (ids,) = prompts
         self.model.reset()
         begin = time.perf_counter()
@@ -103,7 +106,7 @@ class Transformers:
         dtype = choose_dtype(torch.device("cpu"))
         self.model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).eval()
 
-    def run(self, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    def run(self, prompts: Items[list[int]], new: int) -> tuple[float, float]:
         times = _Times()
         inputs = torch.tensor([*prompts])
         with torch.inference_mode():
@@ -141,7 +144,7 @@ def contestant(name: str, path: Path) -> Contestant:
     return CONTESTANTS[name](path)
 
 
-def run(name: str, path: Path, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+def run(name: str, path: Path, prompts: Items[list[int]], new: int) -> tuple[float, float]:
     return contestant(name, path).run(prompts, new)
 
 
@@ -199,7 +202,7 @@ def rate() -> tuple[float, str]:
 class Round:
     """Measures every contestant once."""
 
-    def __init__(self, names: Sequence[str], path: Path, new: int) -> None:
+    def __init__(self, names: Items[str], path: Path, new: int) -> None:
         self.names, self.path, self.new = names, path, new
         spawn = get_context("spawn")
         self._processes = {name: ProcessPoolExecutor(1, spawn) for name in (*names, "floor")}
@@ -237,7 +240,42 @@ class Round:
         return self._processes[name].submit(function, *args).result()
 
 
-def ratio(rounds: Sequence[dict[str, dict[str, float]]], column: str, peer: str, other: str | None = None) -> float:
+def profile(path: Path, context: int, steps: int = 32) -> None:
+    """Print the operators of a decode step behind a context: how often each is called, and its own time."""
+    runner = load_engine(path, Options(drafts=False)).runner
+    sequence = Sequence(0, [400 + i % 1000 for i in range(context)], "", 0, context + 3 * steps)
+    for page in range(-(-(context + 3 * steps) // runner.page_size)):
+        sequence.add_page(page)
+    for start in range(0, context, 256):
+        sequence.computed = start
+        runner.step(Plan([Entry(sequence, start, min(256, context - start), True)], [], []))
+
+    def decode() -> list[float]:
+        times: list[float] = []
+        for _ in range(steps):
+            sequence.computed = len(sequence.ids)
+            sequence.ids.append(500)
+            begin = time.perf_counter()
+            runner.step(Plan([Entry(sequence, sequence.computed, 1, True)], [], []))
+            times.append(time.perf_counter() - begin)
+        return times
+
+    decode()
+    step = statistics.median(decode())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        decode()
+    rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows) / steps
+    print(f"behind {context} tokens a step takes {step * 1e3:.2f} ms, {total / 1e3:.2f} ms of it in operators:")
+    print(f"{'operator':<48}{'calls':>8}{'µs':>10}{'µs a call':>12}")
+    for row in rows[:14]:
+        own = row.self_cpu_time_total
+        print(f"{row.key:<48}{row.count / steps:>8.0f}{own / steps:>10.0f}{own / row.count:>12.1f}")
+    calls = sum(row.count for row in rows) / steps
+    print(f"{'all':<48}{calls:>8.0f}{total:>10.0f}{total / calls:>12.1f}\n")
+
+
+def ratio(rounds: Items[dict[str, dict[str, float]]], column: str, peer: str, other: str | None = None) -> float:
     """Median of ours over a peer's within a round."""
     return statistics.median(r["ours"][column] / r[peer][other or column] for r in rounds)
 
@@ -247,8 +285,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, fewer tokens")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--model", default="smollm2-135m", help="a name or a .gguf file")
+    parser.add_argument("--profile", action="store_true", help="print where our decode step's time goes, nothing else")
     args = parser.parse_args()
     path = resolve(args.model)
+    if args.profile:
+        with torch.inference_mode():
+            for context in (EMPTY, LONG):
+                profile(path, context)
+        return
     llama = importlib.util.find_spec("llama_cpp") is not None
     names = [name for name in CONTESTANTS if llama or name != "llama.cpp"]
     measure = Round(names, path, 32 if args.quick else 64)

@@ -39,6 +39,7 @@ class Nothing:
     """A model whose logits are one constant row."""
 
     weight_bytes = 0
+    asynchronous = False
     memory = None
     digest = "nothing"
 

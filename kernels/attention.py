@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agentkit.kernels import paged
 from agentkit.kernels.aligned import Aligned
+from agentkit.kernels.chunked import Chunked
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.plan import Plan
 from agentkit.kernels.windowed import Windowed
@@ -96,7 +97,7 @@ def paged_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    work: Sequence[Work] | Layout | Aligned | Windowed | Plan | Parts,
+    work: Sequence[Work] | Layout | Aligned | Windowed | Chunked | Plan | Parts,
     scale: float,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
@@ -107,6 +108,9 @@ def paged_attention(
     them once for all layers, and a pool of fp8 is copied in the query's dtype, context by context: it saves memory and
     costs time. On a GPU it is a plan that was updated for this batch (`agentkit.kernels.plan`), fp8 is widened in
     registers, and a plan with shared prefixes, windows or chosen pages is launched the same way.
+
+    For `Chunked`, and for a plan that was updated with several turns, ``query`` has the queries of all turns, one after
+    the other, and the result is that of `agentkit.kernels.chunked.chunked_attention_reference`.
 
     Raises:
         ValueError: shapes, dtypes, devices or work that do not belong together; it names the argument.
@@ -129,6 +133,6 @@ def paged_attention(
         raise ValueError(f"work: items are for the CPU; {query.device} needs a plan")
     if keys.dtype not in (query.dtype, torch.float8_e4m3fn):
         raise ValueError(f"keys: {keys.dtype} does not fit {query.dtype} on the CPU")
-    layout = work if isinstance(work, Layout | Aligned | Windowed) else Layout(work, query.dtype)
+    layout = work if isinstance(work, Layout | Aligned | Windowed | Chunked) else Layout(work, query.dtype)
     out = layout.attend(query, keys, values, scale * key_scale)
     return out if value_scale == 1 else out * value_scale

@@ -29,6 +29,7 @@ _STRETCH = 4096
 _SCATTERED = 128
 
 Part = tuple[Tensor, Tensor]
+Runs = Sequence[tuple[int, int]]
 
 
 class Item(Protocol):
@@ -57,7 +58,7 @@ class Layout:
         short = [item for item in single if item.context <= _SHORT]
         if len(short) < _MANY:
             short = []
-        scattered = [item for item in single if _scattered(item) and not (short and item.context <= _SHORT)]
+        scattered = [item for item in single if _scattered(item.runs) and not (short and item.context <= _SHORT)]
         self._gathers = [_Gather(group, dtype) for group in (short, scattered) if group]
         starts = {item.start for item in (*short, *scattered)}
         self._others = [item for item in work if item.rows > 1 or item.start not in starts]
@@ -93,11 +94,11 @@ def selected(pool: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     return pool.view(words).index_select(0, slots).view(pool.dtype).to(dtype)
 
 
-def _scattered(item: Item) -> bool:
-    return len(item.runs) > 1 and item.context < _SCATTERED * len(item.runs)
+def _scattered(runs: Runs) -> bool:
+    return len(runs) > 1 and sum(length for _, length in runs) < _SCATTERED * len(runs)
 
 
-def _joined(pool: Tensor, runs: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+def _joined(pool: Tensor, runs: Runs, dtype: torch.dtype) -> Tensor:
     """The tokens of some runs, ``[n, kv_heads, d]``; a single run where it lies, if it need not be widened."""
     pieces = [pool[first : first + length].to(dtype) for first, length in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -139,19 +140,40 @@ def _padded(items: Sequence[Item], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) -> Tensor:
     """``[rows, heads, d]`` of one item."""
-    if item.rows > 1:
-        return _prefill(query, keys, values, item, scale).view(query.shape)
+    return joined(parts(query, keys, values, item.runs, item.rows, scale), query.shape)
+
+
+def parts(query: Tensor, keys: Tensor, values: Tensor, runs: Runs, own: int, scale: float) -> list[Part]:
+    """Attention of some rows over pieces of a context, to be `joined`, with other pieces perhaps.
+
+    Args:
+        query: ``[rows, heads, d]``.
+        keys: ``[slots, kv_heads, d]``, of the query's dtype or float8_e4m3fn.
+        values: like ``keys``.
+        runs: ``(first slot, length)`` of the pieces in order, not empty.
+        own: ``rows`` where the runs end with the rows' own tokens, of which each sees none behind itself; 0 where all
+            rows see all of the runs.
+        scale: factor on the products.
+    """
+    if len(query) > 1:
+        return _prefill(query, keys, values, runs, own, scale)
     q = query.view(1, keys.shape[1], -1, query.shape[2])
     kind = query.dtype
-    parts: list[Part] = []
-    for run in _stretches(item.runs):
+    found: list[Part] = []
+    for run in _stretches(runs):
         if run[1] >= _FETCHED and keys.dtype is kind:  # widening reads it in order as well
             _fetch(keys, run)
-        parts.append(_flash(q, _run(keys, run).to(kind), _run(values, run).to(kind), scale))
-    return merge(parts).view(query.shape)
+        found.append(_flash(q, _run(keys, run).to(kind), _run(values, run).to(kind), scale))
+    return found
 
 
-def _stretches(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(found: Sequence[Part], shape: torch.Size) -> Tensor:
+    """What rows make of all pieces of their context: `parts`, merged, in the shape ``[rows, heads, d]``."""
+    out = merge(found)
+    return out.view(shape) if shape[0] == 1 else out.permute(2, 0, 1, 3).reshape(shape)
+
+
+def _stretches(runs: Runs) -> list[tuple[int, int]]:
     """The runs, none longer than a stretch."""
     return [
         (at, min(_STRETCH, first + length - at))
@@ -187,25 +209,25 @@ def _run(pool: Tensor, run: tuple[int, int]) -> Tensor:
     )
 
 
-def _prefill(q: Tensor, keys: Tensor, values: Tensor, item: Item, scale: float) -> Tensor:
-    """A block of rows ``[rows, heads, d]``: everything before it unmasked, its own tokens causal."""
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, runs: Runs, own: int, scale: float) -> list[Part]:
+    """A block of rows: everything before it unmasked, its own tokens causal."""
     kv_heads, d = keys.shape[1:]
-    past, own = _split(item.runs, item.context - item.rows)
-    grouped = q.view(item.rows, kv_heads, -1, d).permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
+    past, last = split(runs, sum(length for _, length in runs) - own)
+    grouped = query.view(len(query), kv_heads, -1, d).permute(1, 2, 0, 3)  # [kv_heads, group, rows, d]
 
-    def heads(pool: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-        x = _joined(pool, runs, q.dtype)
+    def heads(pool: Tensor, runs: Runs) -> Tensor:
+        x = _joined(pool, runs, query.dtype)
         # One kv head serves its group through a stride of zero.
         return x.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
 
-    stretches = [past] if past and _scattered(item) else [[run] for run in past]
-    parts = [_flash(grouped, heads(keys, x), heads(values, x), scale) for x in stretches]
-    # A chunk may straddle runs: its own tokens are put together, being few.
-    parts.append(_flash(grouped, heads(keys, own), heads(values, own), scale, causal=True))
-    return merge(parts).permute(2, 0, 1, 3).reshape(item.rows, kv_heads, -1, d)
+    stretches = [past] if past and _scattered(runs) else [[run] for run in past]
+    found = [_flash(grouped, heads(keys, x), heads(values, x), scale) for x in stretches]
+    if last:  # a chunk may straddle runs: its own tokens are put together, being few
+        found.append(_flash(grouped, heads(keys, last), heads(values, last), scale, causal=True))
+    return found
 
 
-def _split(runs: Sequence[tuple[int, int]], at: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def split(runs: Runs, at: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Cut a list of runs after ``at`` tokens."""
     before: list[tuple[int, int]] = []
     after: list[tuple[int, int]] = []

@@ -227,6 +227,36 @@ def windowed(spans: Sequence[Span], page_size: int, window: Window, rows: int = 
     return groups
 
 
+def chunked(spans: Sequence[Span], page_size: int, length: int, tokens: int) -> list[Group]:
+    """Groups of dual chunk attention: of each row's queries, one for its own chunk, one for the chunk before, and one
+    for all earlier ones; see `agentkit.kernels.chunked`.
+
+    Args:
+        spans: the step's sequences.
+        page_size: tokens in a page.
+        length: tokens of a chunk, a multiple of the page size.
+        tokens: query rows of the batch; row ``r`` has the queries ``r``, ``r + tokens`` and ``r + 2 * tokens``.
+
+    Raises:
+        ValueError: as `flat`; a chunk that would cut a page.
+    """
+    if length < 1 or length % page_size:
+        raise ValueError(f"length: {length} is no multiple of a page's {page_size} tokens")
+    groups: list[Group] = []
+    for span in _checked(spans, page_size):
+        rows, positions = _own(span)
+        first = max(0, span.context - span.rows)
+        for begin in range(first // length * length, max(span.context, 1), length):
+            stop = min(begin + length, span.context)
+            mine = slice(max(0, begin - first), stop + span.rows - span.context)
+            for turn, (base, end) in enumerate(((begin, stop), (begin - length, begin), (0, begin - length))):
+                if turn == 0 or end > max(base, 0):
+                    pages = span.pages[base // page_size : -(-end // page_size)]
+                    queries = rows[mine] + np.int32(turn * tokens)
+                    groups.append(Group(queries, positions[mine], pages, end - base, base))
+    return groups
+
+
 def selected(spans: Sequence[Span], page_size: int, count: int) -> list[Group]:
     """Groups of at most ``count`` pages each, the last page among them, for decoding with chosen pages.
 

@@ -126,7 +126,8 @@ def attend_kernel(
         keys: ``[slots, kv_heads, d]`` with strides ``slot``, ``head_stride``; ``values`` alike.
         out: ``[t, heads, d]`` contiguous, written by items that are their rows' only part.
         partial: ``[parts, heads, d]`` fp32 and ``lse`` ``[parts, heads]`` fp32 in base 2, written by the others.
-        rows: query row of each row entry; ``positions`` and ``targets`` alike: its position, its first part.
+        rows: query row of each row entry, that of ``out`` as well where an item is its rows' only part;
+            ``positions`` and ``targets`` alike: its position, its first part.
         entries: page ids, or where ``SPARSE`` pairs of a page id and the position of the page's first token;
             ``entry_head`` words further for each KV head.
         scale: factor on the products, times log2(e) and the scale of keys.
@@ -253,8 +254,8 @@ def check(query: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float,
         raise ValueError(f"query: heads of {query.shape[2]}, there are kernels for {HEAD_DIMS}")
     if query.shape[1:] != (shape.heads, shape.head_dim) or keys.shape[1] != shape.kv_heads:
         raise ValueError(f"query, keys: {tuple(query.shape)}, {tuple(keys.shape)} are not the plan's {shape}")
-    if query.shape[0] != plan.tokens:
-        raise ValueError(f"query: {query.shape[0]} rows, the plan was updated for {plan.tokens}")
+    if query.shape[0] != plan.tokens * plan.turns:
+        raise ValueError(f"query: {query.shape[0]} rows, the plan was updated for {plan.tokens * plan.turns}")
     if keys.shape[0] != shape.pages * shape.page_size:
         raise ValueError(f"keys: {keys.shape[0]} slots are not {shape.pages} pages of {shape.page_size}")
     if any(x.device != plan.device for x in (query, keys, values)):
@@ -273,7 +274,8 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, key_scale: float, value_scale: float
 ) -> Tensor:
     """Launch a plan whose arguments `check` has seen. `agentkit.kernels.attention.paged_attention` documents them."""
-    shape, out = plan.shape, torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    shape = plan.shape
+    out = torch.empty(plan.tokens, *query.shape[1:], dtype=query.dtype, device=query.device)
     for launch in plan.launches:
         if not launch.count:
             continue

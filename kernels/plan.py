@@ -140,6 +140,7 @@ class Plan:
     arch: str = field(init=False)
     entry_head: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
+    turns: int = field(default=1, init=False)
     sparse: bool = field(default=False, init=False)
     launches: tuple[Launch, ...] = field(default=(), init=False)
     merge_count: int = field(default=0, init=False)
@@ -170,7 +171,9 @@ class Plan:
         self.lse = torch.empty(c.parts, s.heads, dtype=torch.float32, device=self.device)
         self.device = self.lse.device  # with its index, as tensors have it
 
-    def update(self, groups: Sequence[Group], tokens: int, reserve: Reserve | None = None, room: int = 0) -> None:
+    def update(
+        self, groups: Sequence[Group], tokens: int, reserve: Reserve | None = None, room: int = 0, turns: int = 1
+    ) -> None:
         """Refill the plan.
 
         Args:
@@ -178,12 +181,14 @@ class Plan:
             tokens: query rows of the batch.
             reserve: grid sizes to keep, for a captured graph; None launches what there is.
             room: pages by which the list of a single row can grow in `advance`.
+            turns: queries of each row, all rows' first ones before all rows' second ones. Groups then name queries, and
+                the parts of all queries of a row make its result. A row in one group only is there by its first query.
 
         Raises:
             ValueError: rows or pages out of range, a row in no group, more than the capacity or reserve holds.
         """
-        packed = _pack(groups, self, room)
-        _check(packed, tokens, self)
+        packed = _pack(groups, self, room, tokens if turns > 1 else None)
+        _check(packed, tokens, turns, self)
         blocks = _blocks(packed, self.shape, sorted(reserve.items) if reserve else sorted(RESIDENT))
         alone = _alone(packed, blocks)
         splits = _splits(blocks, alone, self, reserve)
@@ -208,7 +213,8 @@ class Plan:
             section[: len(values)] = values
         self._sent = len(packed.entries)
         self._staging.send(self._sent)
-        self.tokens, self.launches, self.merge_count, self.sparse = tokens, launches, merge_count, packed.sparse
+        self.tokens, self.turns = tokens, turns
+        self.launches, self.merge_count, self.sparse = launches, merge_count, packed.sparse
         self._course = _course(packed, blocks, places, np.repeat(order, splits[order]), self) if room else None
 
     def advance(self, rows: Longs, pages: Sequence[int]) -> None:
@@ -274,7 +280,8 @@ def _properties(device: torch.device) -> Any:
 class _Packed:
     """Groups laid end to end. ``entries`` are page ids, or (page id, position) pairs where ``sparse``."""
 
-    rows: Ints
+    rows: Ints  # of the query
+    results: Ints  # the same, of the result
     positions: Ints
     entries: Ints
     counts: Longs  # rows of each group
@@ -298,7 +305,7 @@ class _Blocks:
     lengths: Longs  # tokens that at least one of the block's rows can see
 
 
-def _pack(groups: Sequence[Group], plan: Plan, room: int) -> _Packed:
+def _pack(groups: Sequence[Group], plan: Plan, room: int, tokens: int | None) -> _Packed:
     size, full = plan.shape.page_size, plan.window == Window()
     groups = [group for group in groups if len(group.rows)]
     sparse = any(group.starts is not None for group in groups)
@@ -329,8 +336,10 @@ def _pack(groups: Sequence[Group], plan: Plan, room: int) -> _Packed:
     if sparse:
         starts = [_starts(group, size) for group in groups]
         entries = np.stack([entries, np.concatenate([empty, *starts])], 1).reshape(-1)
+    rows = np.concatenate([empty, *(group.rows for group in groups)])
     return _Packed(
-        rows=np.concatenate([empty, *(group.rows for group in groups)]),
+        rows=rows,
+        results=rows if tokens is None else rows % np.int32(tokens),
         positions=np.concatenate([empty, *(group.positions for group in groups)]),
         entries=entries,
         counts=counts,
@@ -375,7 +384,7 @@ def _blocks(packed: _Packed, shape: Shape, tiles: Sequence[int]) -> _Blocks:
     )
 
 
-def _check(packed: _Packed, tokens: int, plan: Plan) -> None:
+def _check(packed: _Packed, tokens: int, turns: int, plan: Plan) -> None:
     words = 2 if packed.sparse else 1
     for name, have, room in (
         ("rows", len(packed.rows), plan.capacity.rows),
@@ -383,11 +392,14 @@ def _check(packed: _Packed, tokens: int, plan: Plan) -> None:
     ):
         if have > room:
             raise ValueError(f"groups: {have} {name}, the plan holds {room}")
-    if len(packed.rows) and not (packed.rows.min() >= 0 and packed.rows.max() < tokens):
-        raise ValueError(f"groups: rows {packed.rows.min()} to {packed.rows.max()} in a batch of {tokens}")
-    missing = np.flatnonzero(np.bincount(packed.rows, minlength=tokens) == 0)
+    if len(packed.rows) and not (packed.rows.min() >= 0 and packed.rows.max() < tokens * turns):
+        raise ValueError(f"groups: rows {packed.rows.min()} to {packed.rows.max()} in a batch of {tokens * turns}")
+    times = np.bincount(packed.results, minlength=tokens)
+    missing = np.flatnonzero(times == 0)
     if len(missing):
         raise ValueError(f"groups: query row {missing[0]} is in none")
+    if turns > 1 and len(bad := packed.rows[(packed.rows >= tokens) & (times[packed.results] == 1)]):
+        raise ValueError(f"groups: row {bad[0] % tokens} is in one only, and not by its first query")
     if len(packed.positions) and packed.positions.max() >= FAR:
         raise ValueError(f"groups: position {packed.positions.max()} is not below 2**30")
 
@@ -396,7 +408,7 @@ def _alone(packed: _Packed, blocks: _Blocks) -> NDArray[np.bool_]:
     """Blocks whose rows are in no other group: unsplit, they write results instead of parts."""
     if not len(blocks.tile):
         return np.empty(0, np.bool_)
-    times = np.bincount(packed.rows)[packed.rows]
+    times = np.bincount(packed.results)[packed.results]
     return np.maximum.reduceat(times, blocks.first_row) == 1
 
 
@@ -460,12 +472,12 @@ def _parts(packed: _Packed, blocks: _Blocks, alone: NDArray[np.bool_], splits: L
     """First part of each row entry (−1 where it writes its result), what to merge, and how many parts there are."""
     needed = np.repeat(np.where(alone & (splits == 1), 0, splits), blocks.rows)
     entries = np.flatnonzero(needed)
-    order = entries[np.argsort(packed.rows[entries], kind="stable")]  # the parts of a row follow each other
+    order = entries[np.argsort(packed.results[entries], kind="stable")]  # the parts of a row follow each other
     counts = needed[order]
     first = counts.cumsum() - counts
     targets = np.full(len(packed.rows), -1, dtype=np.int32)
     targets[order] = first
-    rows, at = np.unique(packed.rows[order], return_index=True)
+    rows, at = np.unique(packed.results[order], return_index=True)
     total = int(counts.sum())
     merges = np.zeros((len(rows), MERGE), dtype=np.int32)
     merges[:, 0], merges[:, 1] = rows, first[at]

@@ -7,6 +7,7 @@ with a `ModelError`; nothing is filled in. Differences between the families are 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -51,6 +52,39 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class DualChunk:
+    """How contexts beyond the trained length are cut into chunks (`agentkit.kernels.chunked`).
+
+    The fields are those of ``dual_chunk_attention_config`` in the configurations of Qwen's models.
+
+    Attributes:
+        chunk_size: the largest distance between a row and a key. At most what the model has been trained on.
+        local_size: distances up to this are true ones, wherever chunks begin.
+        original_positions: the length trained on, from which on scores are sharpened; 0 leaves them as they are.
+    """
+
+    chunk_size: int
+    local_size: int
+    original_positions: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.local_size < self.chunk_size:
+            raise ValueError(f"local_size: {self.local_size} is not between 0 and a chunk_size of {self.chunk_size}")
+        if self.original_positions < 0:
+            raise ValueError(f"original_positions: {self.original_positions} must not be negative")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+    @property
+    def reach(self) -> int:
+        """The longest context that is attended to as if there were no chunks."""
+        return min(self.length, self.original_positions or self.length)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Everything the forward pass has to know about one checkpoint.
 
@@ -61,6 +95,7 @@ class ModelConfig:
         qk_norm: RMS norm over every query and key head (Qwen3).
         qkv_bias: the query, key and value projections have biases (Qwen2).
         end_ids: ids that end a turn or a text, as far as the configuration files name them.
+        dual_chunk: how longer contexts than it was trained on are read; None if they are not read otherwise.
 
     Raises:
         ModelError: counts that cannot belong together (a zero, heads that do not divide among the KV heads).
@@ -82,6 +117,7 @@ class ModelConfig:
     qk_norm: bool
     qkv_bias: bool
     end_ids: frozenset[int]
+    dual_chunk: DualChunk | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -101,6 +137,11 @@ class ModelConfig:
             raise _bad(f"rope_theta is {self.rope_theta}, but must be a finite number above 1")
         if not 0 < self.norm_eps < 1:
             raise _bad(f"the norm's epsilon is {self.norm_eps}, but must lie between 0 and 1")
+        if self.dual_chunk is not None and self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
+            raise ModelError(
+                "YaRN and dual chunk attention both stretch the model's positions: leave out one, rope_scaling or "
+                "dual_chunk_attention_config."
+            )
         outside = sorted(i for i in self.end_ids if not 0 <= i < self.vocab_size)
         if outside:
             raise _bad(f"the end ids {outside} lie outside the vocabulary of {self.vocab_size}")
@@ -138,6 +179,7 @@ class ModelConfig:
             qk_norm=family == "qwen3",
             qkv_bias=family == "qwen2",
             end_ids=end_ids(config) | end_ids(generation or {}),
+            dual_chunk=_dual_chunk(config),
         )
 
 
@@ -237,6 +279,34 @@ def _refuse_unsupported(config: Json, family: Family) -> None:
         sliding = windowed and integer(config, "max_window_layers") < integer(config, "num_hidden_layers")
     if sliding:
         raise _unsupported("layers without full attention (layer_types, use_sliding_window)")
+
+
+def _dual_chunk(config: Json) -> DualChunk | None:
+    """``dual_chunk_attention_config``."""
+    value = config.get("dual_chunk_attention_config")
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _missing("dual_chunk_attention_config", "an object or null", value)
+    given = cast("Json", value)
+    known = ("chunk_size", "local_size", "original_max_position_embeddings")
+    unknown = sorted(key for key in given if key not in known and not key.startswith("sparse_attention"))
+    if unknown:
+        raise _unsupported(f"dual chunk attention with {', '.join(unknown)} (dual_chunk_attention_config)")
+    if given.get("sparse_attention_config") is not None:
+        warnings.warn(
+            "This model's sparse attention (sparse_attention_config) is left out: prompts are read in full, which is "
+            "exact and takes longer.",
+            stacklevel=2,
+        )
+    trained = 0 if given.get(known[2]) is None else integer(given, known[2])
+    try:
+        return DualChunk(integer(given, "chunk_size"), integer(given, "local_size"), trained)
+    except ValueError as error:
+        raise ModelError(
+            f"The model's configuration: dual_chunk_attention_config has a bad {error}. Download the model again, or "
+            "leave it out of config.json for contexts of the length that the model was trained on."
+        ) from error
 
 
 def _rope(config: Json) -> tuple[float, RopeScaling | None]:

@@ -42,8 +42,9 @@ T = TypeVar("T")
 #: Up to this many decoding sequences have drafts: with more, a step has many rows as it is, and each costs.
 _FEW = 4
 
-#: What a step has brought a request: chunks, and the error that ends it, if one does.
-Outcome = tuple[Live, list[Chunk], AgentError | None]
+#: What a step has brought a request: chunks its caller may see, None where it has read a part of the prompt; and the
+#: error that ends it, if one does.
+Outcome = tuple[Live, list[Chunk] | None, AgentError | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class Engine:
         self._scheduler = self._scheduling()
         self._sampler = Sampler(vocab, runner.vocab_size)
         self._live: dict[int, Live] = {}
+        self._untold: deque[Outcome] = deque()  # what the callers have not heard yet
         self._rids = itertools.count(1)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -239,7 +241,8 @@ class Engine:
             seed: of the child, the parent's by default.
 
         Returns:
-            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt.
+            A generation that runs already; enter it to read it. The parent's ids of this moment are its prompt, but for
+            those of a document that is held back until it is valid: they are the child's output as well.
         """
         sampling = generation.request.sampling
         if seed is not None:
@@ -355,16 +358,20 @@ class Engine:
         while True:
             try:
                 while self._wait():
-                    while self._commands:
-                        self._commands.popleft()()
-                        self._stalled = False
+                    self._obey()
                     self._step()
                 break
             except BaseException as cause:  # a bug; whatever state it has left is given up
                 self._begin_anew(cause)
-        while self._commands:  # submitted too late to run: their callers must hear of it as well
-            self._commands.popleft()()
+        self._obey()  # what was submitted too late to run: its callers must hear of it as well
         self._tell(EngineError(f"the engine of {self.name} was closed while this ran"))
+
+    def _obey(self) -> None:
+        """Run what the callers have commanded, each command once they know all that came before it."""
+        while self._commands:
+            self._deliver()
+            self._commands.popleft()()
+            self._stalled = False
 
     def _begin_anew(self, cause: BaseException) -> None:
         """Go on with nothing running and nothing cached."""
@@ -376,6 +383,7 @@ class Engine:
 
     def _tell(self, error: EngineError) -> None:
         """Tell every caller that nothing more will come."""
+        self._deliver()
         for rid in list(self._live):
             live = self._forget(rid)
             if live is not None:
@@ -383,6 +391,8 @@ class Engine:
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine closes."""
+        if not self._may_step:  # no step follows that it could be told beside
+            self._deliver()
         with self._wake:
             self._wake.wait_for(lambda: self._closed or self._commands or self._may_step)
             return not self._closed
@@ -399,8 +409,8 @@ class Engine:
         begin = time.perf_counter()
         plan = self._scheduler.plan(self._drafts())
         for rid, error in plan.failed:
-            self._live[rid].generation.push(error)
-            self._forget(rid)
+            if (live := self._forget(rid)) is not None:
+                self._news([(live, [], error)])
         if not plan.entries:
             self._scheduler.complete(plan)
             self._stalled = not plan.failed
@@ -417,6 +427,7 @@ class Engine:
         try:
             filling = self._sampler.begin(taking)
             output = self.runner.step(plan)
+            self._deliver()  # what the last step has brought, while a device computes this one
             masks = filling.result() if filling is not None else None
             scores = cast("list[float]", output.scores.tolist())  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:
@@ -434,16 +445,15 @@ class Engine:
         self._scheduler.complete(plan)  # it counts the drafted ids that the sequences have gone on with
         self._hand_out(outcomes)
         if others:
-            self._report(plan)
+            self._news(self._readers(plan))
         self._steps += 1
         self._seconds += time.perf_counter() - begin
         self._watchdog.step(new, self._scheduler.dump)
 
-    def _report(self, plan: Plan) -> None:
-        """Tell the callers whose prompts this step has not brought to their end."""
-        for entry in plan.entries:
-            if not entry.sample and (live := self._live.get(entry.seq.rid)) is not None:
-                live.report()
+    def _readers(self, plan: Plan) -> list[Outcome]:
+        """The requests whose prompts this step has not brought to their end."""
+        rids = [entry.seq.rid for entry in plan.entries if not entry.sample]
+        return [(live, None, None) for rid in rids if (live := self._live.get(rid)) is not None]
 
     def _drafts(self) -> dict[int, list[int]]:
         """What may follow the sequences that decode, by rid."""
@@ -529,25 +539,45 @@ class Engine:
                 error = EngineError(f"sampling failed: {failure!r}")
         for chunk in chunks:
             self._scheduler.append(live.generation.rid, chunk.ids)
-        return live, chunks, error
+        return live, live.release(chunks), error
 
     def _hand_out(self, outcomes: list[Outcome]) -> None:
-        """Tell the callers, and end the requests whose outputs say so."""
-        for live, chunks, error in outcomes:
+        """End the requests whose outputs say so, take back what is to be decoded again, and have the callers told."""
+        for live, _, error in outcomes:
             rid = live.generation.rid
-            for chunk in chunks:
-                if chunk.ids:  # none where the budget ends with an output that is complete as it stands
-                    live.generation.push(chunk)
             if error is not None:
-                live.generation.push(error)
                 self._drop(rid)
             elif live.ended is not None:
                 self._forget(rid)
                 self._scheduler.finish(rid)
+            elif live.rewound is not None:
+                self._scheduler.rewind(rid, live.rewound)
+                live.rewound = None
+        self._news(outcomes)
+
+    def _news(self, outcomes: list[Outcome]) -> None:
+        """Tell the callers: now, or where a device computes by itself, once it has the next step to do so."""
+        self._untold += outcomes
+        if not self.runner.asynchronous:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Tell the callers what they have not heard yet."""
+        while self._untold:
+            live, chunks, error = self._untold.popleft()
+            for chunk in chunks or ():
+                if chunk.ids:  # none where the budget ends with an output that is complete as it stands
+                    live.generation.push(chunk)
+            if error is not None:
+                live.generation.push(error)
+            elif live.ended is not None:
                 live.generation.push(Finish(live.ended, live.usage(), tuple(live.logprobs)))
+            elif chunks is None:
+                live.report()
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not run: nothing of it may be published, and its requests end with the cause."""
+        self._deliver()
         for entry in plan.entries:
             live = self._forget(entry.seq.rid)
             if live is not None:

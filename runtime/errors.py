@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentkit.runtime.request import Usage
+
 
 class AgentError(Exception):
     """Base of every error agentkit raises on purpose."""
@@ -21,6 +26,21 @@ class SchemaError(AgentError):
     def __init__(self, message: str, pointer: str = "") -> None:
         super().__init__(message)
         self.pointer = pointer
+
+
+class DocumentError(AgentError):
+    """A finished document or call does not satisfy its schema, and what was tried in its place does not either.
+
+    Attributes:
+        pointer: JSON pointer of the failing value in the document.
+        whole: whether the document is the whole output, and not the arguments of a call in it.
+        ids: of the last attempt, as far as they were held back.
+        usage: of the request.
+    """
+
+    def __init__(self, message: str, pointer: str, whole: bool, ids: tuple[int, ...], usage: Usage) -> None:
+        super().__init__(message)
+        self.pointer, self.whole, self.ids, self.usage = pointer, whole, ids, usage
 
 
 class CapacityError(AgentError):

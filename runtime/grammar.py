@@ -15,10 +15,11 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import llguidance
 import numpy as np
@@ -27,10 +28,13 @@ from numpy.typing import NDArray
 from agentkit.runtime.cache import Cache
 from agentkit.runtime.closing import Candidates, Hints, example
 from agentkit.runtime.errors import EngineError, SchemaError
+from agentkit.runtime.review import Case, Review
 from agentkit.runtime.schema.backend import limits, summary
 from agentkit.runtime.schema.front import Style, examples, inline
+from agentkit.runtime.schema.judge import Judge
 from agentkit.runtime.schema.report import SchemaReport
 from agentkit.runtime.search import Search
+from agentkit.runtime.spelling import Spellings
 from agentkit.runtime.vocab import Vocabulary
 
 #: Bytes of compiled grammars that are remembered, by estimate: measured were 0.25 MB, and 160 for each byte of text.
@@ -39,6 +43,8 @@ _CACHE_BYTES, _GRAMMAR_BYTES, _TEXT_FACTOR = 256 << 20, 256 << 10, 160
 _MOST_TEXT = 1 << 20
 #: Tokens of the shortest output, and seconds of CPU time that finding it may take: else the schema asks for too much.
 _LONGEST_MINIMUM, _PATIENCE = 8192, 1.0
+#: Documents that are judged to find a short valid one.
+_TRIES = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,21 @@ class ChoiceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """A JSON value inside an output that is validated once it is complete, and decoded again where it fails.
+
+    Attributes:
+        schema: JSON text of the schema it must satisfy.
+        header: text that stands right before the value; ``""`` for a value that the output begins with.
+        control: control token that the header follows; None for a header anywhere in the text.
+    """
+
+    schema: str
+    header: str = ""
+    control: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LarkSpec:
     """A grammar in llguidance's dialect of Lark.
 
@@ -78,12 +99,14 @@ class LarkSpec:
         control: control tokens that it names (``<[151657]>``); all others are never legal.
         hints: for completing an output.
         reports: on the schemas inside it, each with a word on what it is for.
+        judged: the values of which it admits more than their schemas do.
     """
 
     text: str
     control: frozenset[int] = frozenset()
     hints: Hints = field(default_factory=Hints)
     reports: tuple[tuple[str, SchemaReport], ...] = ()
+    judged: tuple[Judged, ...] = ()
 
 
 GrammarSpec = JsonSpec | RegexSpec | ChoiceSpec | LarkSpec
@@ -95,7 +118,8 @@ class Grammar:
     Attributes:
         key: identity of vocabulary and spec.
         reports: on the schemas inside it, each with a word on what it is for; ``""`` where it is the whole output.
-        minimum: tokens of a short complete output, of about the least that a request must allow.
+        minimum: tokens of a short complete output, of about the least that a request must allow. Where values are
+            judged, of one that is valid too, if a few tries have found one.
         reserve: budget left below which `Closer` looks at every token.
     """
 
@@ -106,10 +130,12 @@ class Grammar:
         tables: _Tables,
         hints: Hints,
         reports: Sequence[tuple[str, SchemaReport]],
+        reviewing: Callable[[], Review] | None,
         size: int,
     ) -> None:
         self.key, self.reports = key, tuple(reports)
         self._root, self._tables = root, tables
+        self._reviewing = reviewing
         self._search = Search(tables.candidates, hints, tables.words)
         # What is open at any time can hardly need more tokens than the whole schema has.
         self.reserve = min(max(128, size // 3), 2048)
@@ -119,11 +145,32 @@ class Grammar:
                 "No output satisfies this grammar, or only one that is too long. Look for limits that "
                 "contradict each other (required properties, patterns with lengths), and for large minima."
             )
-        self.minimum = len(shortest)
+        # At least what a completion from the beginning takes: the search may find the valid one behind bans only.
+        self.minimum = max(len(shortest), len(self._valid() or ()))
 
     def matcher(self) -> Matcher:
         """State of a new output."""
         return Matcher(self._root, self._root.deep_copy(), self._tables, self._search)
+
+    def review(self) -> Review | None:
+        """The judge of a new output; None where the grammar alone makes it valid."""
+        return self._reviewing() if self._reviewing is not None else None
+
+    def _valid(self) -> list[int] | None:
+        """A short output whose judged values are valid, if a few tries find one."""
+        review, matcher = self.review(), self.matcher()
+        if review is None:
+            return None
+        until = time.thread_time() + _PATIENCE
+        for _ in range(_TRIES):
+            rest = matcher.completion(_LONGEST_MINIMUM - len(matcher.ids), until - time.thread_time())
+            if rest is None or not all(map(matcher.advance, rest)):
+                return None
+            if review.hear(rest, ended=True):
+                return list(matcher.ids)
+            if not review.back(matcher, _LONGEST_MINIMUM, 0):
+                return None
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,15 +193,22 @@ class _Tables:
 class Matcher:
     """State of one output. Not thread-safe, except that `fill` may run beside nothing else of the same matcher.
 
-    An end id is legal wherever the output may stop; after it nothing is.
+    An end id is legal wherever the output may stop; after it nothing is. What is banned at a place is illegal there, as
+    if the grammar excluded it.
     """
 
-    __slots__ = ("_ended", "_ids", "_llm", "_root", "_search", "_tables")
+    __slots__ = ("_bans", "_ended", "_ids", "_llm", "_root", "_search", "_tables")
 
     def __init__(self, root: llguidance.LLMatcher, llm: llguidance.LLMatcher, tables: _Tables, search: Search) -> None:
         self._root, self._llm, self._tables, self._search = root, llm, tables, search
         self._ids: list[int] = []  # the journal
+        self._bans: dict[int, NDArray[np.int32]] = {}  # by how many ids come before; never of what is in the journal
         self._ended = False
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """All ids so far."""
+        return self._ids
 
     def fill(self, row: NDArray[np.int32]) -> None:
         """Write the legal next ids into `row`, int32 ``[ceil(vocab_size / 32)]``: bit i % 32 of word i // 32.
@@ -174,10 +228,29 @@ class Matcher:
         row &= tables.allowed
         if self._llm.is_accepting():
             row |= tables.ends
+        banned = self._bans.get(len(self._ids))
+        if banned is not None:
+            row &= ~banned
+
+    def ban(self, tokens: Iterable[int]) -> bool:
+        """Exclude ids from coming next, beside those already excluded here; False if nothing is legal then.
+
+        It lasts for this place only, and until a `rollback` to a place before it.
+        """
+        at = len(self._ids)
+        row = _row(tokens, self._tables.words)
+        self._bans[at] = row | self._bans[at] if at in self._bans else row
+        legal = np.zeros_like(row)
+        self.fill(legal)
+        return bool(legal.any())
+
+    def _banned(self, at: int, token: int) -> bool:
+        row = self._bans.get(at)
+        return row is not None and bool(row[token >> 5] >> (token & 31) & 1)
 
     def advance(self, token: int) -> bool:
         """Take `token`; False, and nothing is changed, if it is not legal."""
-        if self._ended or not 0 <= token < self._tables.vocab.size:
+        if self._ended or not 0 <= token < self._tables.vocab.size or self._banned(len(self._ids), token):
             return False
         if token in self._tables.vocab.end_ids:
             self._ended = self._llm.is_accepting()
@@ -193,6 +266,8 @@ class Matcher:
         if self._ended:
             return 0
         vocab = self._tables.vocab
+        if draft and 0 <= draft[0] < vocab.size and self._banned(len(self._ids), draft[0]):
+            return 0
         plain = next((i for i, t in enumerate(draft) if t in vocab.end_ids or not 0 <= t < vocab.size), len(draft))
         legal = self._llm.validate_tokens(list(draft[:plain])) if plain else 0
         if legal == plain < len(draft) and draft[plain] in vocab.end_ids:
@@ -212,6 +287,8 @@ class Matcher:
         plain = n - (self._ended and n > 0)
         self._ended &= n == 0
         del self._ids[len(self._ids) - n :]
+        if self._bans:
+            self._bans = {at: row for at, row in self._bans.items() if at <= len(self._ids)}
         if self._llm.is_error():  # llguidance goes nowhere from an error: begin anew
             self._llm = self._root.deep_copy()
             sound = self._llm.try_consume_tokens(self._ids) == len(self._ids)
@@ -239,7 +316,7 @@ class Matcher:
     def fork(self) -> Matcher:
         """An independent copy."""
         fork = Matcher(self._root, self._llm.deep_copy(), self._tables, self._search)
-        fork._ids, fork._ended = self._ids.copy(), self._ended
+        fork._ids, fork._bans, fork._ended = self._ids.copy(), self._bans.copy(), self._ended
         return fork
 
     def completion(self, limit: int, seconds: float = math.inf) -> list[int] | None:
@@ -305,12 +382,13 @@ class GrammarCompiler:
 
     def _compile(self, key: str, spec: GrammarSpec) -> Grammar:
         hints, control, size = Hints(), frozenset[int](), len(repr(spec))
-        reports: tuple[tuple[str, SchemaReport], ...] = ()
+        reports, judged = tuple[tuple[str, SchemaReport], ...](), tuple[Judged, ...]()
         if not isinstance(spec, JsonSpec) and size > _MOST_TEXT:
             raise SchemaError(f"The grammar has {size:,} characters; the limit is {_MOST_TEXT:,}. Use a smaller one.")
         match spec:
             case JsonSpec(text, style):
                 front = inline(text, style)
+                judged = (Judged(text),) if front.report.status == "verified" else ()
                 written = json.dumps(front.schema)
                 root = self._root(llguidance.LLMatcher.grammar_from_json_schema(written))
                 reports = (("", front.report),)
@@ -325,9 +403,13 @@ class GrammarCompiler:
                 lark = f"start: OPTION\nOPTION: {alternatives}"
                 root = self._root(llguidance.LLMatcher.grammar_from_lark(lark))
                 hints = Hints(examples=options)
-            case LarkSpec(text, control, hints, reports):
+            case LarkSpec(text, control, hints, reports, judged):
                 root = self._root(llguidance.LLMatcher.grammar_from_lark(text))
-        return Grammar(key, root, self._tables(control), hints, reports, size)
+        reviewing = None
+        if judged:
+            cases = [Case(value.header.encode(), value.control, Judge(value.schema)) for value in judged]
+            reviewing = partial(Review, cases, self._vocab, self._spellings)
+        return Grammar(key, root, self._tables(control), hints, reports, reviewing, size)
 
     def _root(self, grammar: str) -> llguidance.LLMatcher:
         root = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
@@ -344,6 +426,10 @@ class GrammarCompiler:
     @cached_property
     def _candidates(self) -> Candidates:
         return Candidates(self._vocab)
+
+    @cached_property
+    def _spellings(self) -> Spellings:
+        return Spellings(self._vocab)
 
     def _tables(self, control: frozenset[int]) -> _Tables:
         vocab, words = self._vocab, -(-self._vocab_size // 32)

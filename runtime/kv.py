@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +58,14 @@ class KVFormat:
         return [f"{key} {other.get(key)} instead of {value}" for key, value in mine.items() if other.get(key) != value]
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A pool of zeros. On the CPU memory is taken as it is written: loading neither waits for it nor claims it."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+
+
 class PagedKV:
     """The KV of all pages of a model's pool; touched on the engine's thread alone, between two steps.
 
@@ -69,7 +78,7 @@ class PagedKV:
 
     def __init__(self, model: Model, kv: Tensor, page_size: int, host_pages: int = 0) -> None:
         c = model.config
-        rope = f"theta {c.rope_theta!r}, {c.rope_scaling!r}"
+        rope = f"theta {c.rope_theta!r}, {c.rope_scaling!r}" + (f", {c.dual_chunk!r}" if c.dual_chunk else "")
         dtype = str(kv.dtype).removeprefix("torch.")
         self.format = KVFormat(
             dtype, page_size, c.layers, c.kv_heads, c.head_dim, rope, not model.packed, model.weights
@@ -78,8 +87,10 @@ class PagedKV:
         self.block_shape = (c.layers, page_size, 2, c.kv_heads, c.head_dim)
         self._kv, self._page_size = kv, page_size
         self._on_gpu = kv.device.type == "cuda"
-        self._host = torch.zeros(
-            (host_pages, *self.block_shape), dtype=kv.dtype, pin_memory=self._on_gpu and host_pages > 0
+        host = (host_pages, *self.block_shape)
+        pinned = self._on_gpu and host_pages > 0
+        self._host = (
+            torch.zeros(host, dtype=kv.dtype, pin_memory=True) if pinned else zeros(host, kv.dtype, torch.device("cpu"))
         )
 
     @property

@@ -19,6 +19,7 @@ from agentkit.runtime.generation import Generation
 from agentkit.runtime.grammar import Grammar, Matcher
 from agentkit.runtime.radix import common_prefix
 from agentkit.runtime.request import Chunk, Progress, Sampling, Score, Usage
+from agentkit.runtime.review import Review
 from agentkit.runtime.sequence import Sequence
 from agentkit.runtime.text import Detokenizer, StopStrings
 from agentkit.runtime.vocab import Vocabulary
@@ -48,6 +49,7 @@ class Live:
         draft: what the step in flight verifies.
         rows: logits of the step in flight, or of the next one: one, and one for each drafted id.
         ended: why the output has ended.
+        rewound: how many ids the sequence is to be cut to, as a document failed its schema.
         looks: whether more is done with its logits than to draw from them.
     """
 
@@ -72,8 +74,10 @@ class Live:
         self.draft: tuple[int, ...] = ()
         self._drafter: Drafter | None = None
         self._closer: Closer | None = None
-        self._reserve = 0
-        self._decoded = self._forced = self._drafted = self._accepted = 0
+        self._review: Review | None = None
+        self.rewound: int | None = None
+        self._reserve = self._prompt = 0  # the latter: ids before the output, once there is a matcher
+        self._decoded = self._forced = self._drafted = self._accepted = self._retried = 0
         self._seen: set[int] = set(request.ids) if request.sampling.repetition_penalty != 1 else set()
         self._stops = StopStrings(request.stop) if request.stop else None
         self._text = Detokenizer(vocab)
@@ -95,12 +99,18 @@ class Live:
         return self.parked is None or self.ready
 
     def fork(self, engine: Engine, rid: int, sampling: Sampling) -> Live:
-        """The same state for a child request; the caller gives it its sequence."""
-        request = replace(
-            self.generation.request, ids=tuple(self.sequence.ids), sampling=sampling, max_tokens=max(self.left, 1)
-        )
+        """The same state for a child request; the caller gives it its sequence. What is held back is the child's
+        output as well: each of the two hands it out, or what comes in its place, when it has been found valid."""
+        chosen, others = self._review.counts if self._review is not None else (0, 0)
+        held = chosen + others
+        ids = tuple(self.sequence.ids[: len(self.sequence.ids) - held])
+        request = replace(self.generation.request, ids=ids, sampling=sampling, max_tokens=max(self.left + held, 1))
         child = Live(Generation(engine, rid, request), self.sequence, self.vocab, self.grammar, self.left)
+        child._seen = self._seen.copy()
+        if self._review is not None:
+            child._review, child._decoded, child._forced = self._review.fork(), chosen, others
         if self.matcher is not None:
+            child._reserve, child._prompt = self._reserve, self._prompt
             child.matcher = self.matcher.fork()
             child._closer = Closer(child.matcher, self._reserve)
         child._stops = self._stops.fork() if self._stops is not None else None
@@ -163,6 +173,7 @@ class Live:
                 "raise max_tokens, or shorten the prompt"
             )
         self.matcher, self._reserve = grammar.matcher(), grammar.reserve + 2 * grammar.minimum
+        self._review, self._prompt = grammar.review(), len(self.sequence.ids)
         self._closer = Closer(self.matcher, self._reserve)
 
     def penalize(self, logits: Tensor) -> Tensor:
@@ -184,18 +195,27 @@ class Live:
         """Take the id sampled first, then, as long as the output is what was drafted, those sampled behind it.
 
         Each gives a chunk, as if it had come in a step of its own. When all are taken, `ended` says whether and why
-        the output has ended.
+        the output has ended, or `rewound` that it goes on from an earlier place, because a document is not valid.
 
         Args:
             tokens: what was sampled in each row; negative if nothing could be.
             raw: ``[rows, v]`` fp32, the model's logits, if it `looks` at them.
-            chunks: where they go, each as soon as it is there: an error takes none of them back.
+            chunks: where they go, each as soon as it is there: an error takes none of them back. They belong to the
+                sequence; what the caller may see of them says `release`.
+
+        Raises:
+            DocumentError: a document is not valid, and there is nothing more to try.
         """
         draft, self.draft, self.rows = self.draft, (), 1
         at = 0
         while True:
             chunk = self._take(tokens[at], raw, at)
             chunks.append(chunk)
+            if self._review is not None:
+                self._review.hold(chunk)
+                if not self._review.hear(chunk.ids, self.ended is not None):
+                    self._back_up(self._review)
+                    return
             if not draft:
                 return
             right = common_prefix(draft[at:], chunk.ids)
@@ -203,6 +223,33 @@ class Live:
             at += len(chunk.ids)
             if self.ended is not None or right < len(chunk.ids):
                 return
+
+    def release(self, chunks: list[Chunk]) -> list[Chunk]:
+        """What the caller may see, now that `chunks` have been taken: all but what a document that is not yet complete
+        has begun with, and what was held back before."""
+        return chunks if self._review is None else self._review.release(self.ended is not None)
+
+    def _back_up(self, review: Review) -> None:
+        """Take the output back to where an invalid document is to go on otherwise."""
+        assert self.matcher is not None
+        before, taken = review.counts, len(self.matcher.ids)
+        self.ended = None
+        if not review.back(self.matcher, self.left, self._reserve):
+            raise review.error(self.usage())
+        ids, after = self.matcher.ids, review.counts
+        gone = taken - len(ids)
+        self._decoded -= before[0] - after[0]
+        self._forced -= before[1] - after[1]
+        self._retried += gone
+        self.left += gone
+        self.rewound = self._prompt + len(ids)
+        self._closer, self._drafter = Closer(self.matcher, self._reserve), None
+        if self._seen:
+            self._seen = {*self.sequence.ids[: self._prompt], *ids}
+        if self._stops is not None:
+            self._stops, self._text = StopStrings(self.generation.request.stop), Detokenizer(self.vocab)
+            for token in ids:
+                self._ends(token)
 
     def _take(self, token: int, raw: Tensor | None, row: int) -> Chunk:
         """A sampled id and what the grammar forces after it."""
@@ -276,4 +323,5 @@ class Live:
     def usage(self) -> Usage:
         """Counts so far."""
         s = self.sequence
-        return Usage(s.cached, s.prefilled, self._decoded, self._forced, s.recomputed, self._drafted, self._accepted)
+        counts = self._decoded, self._forced, s.recomputed, self._drafted, self._accepted, self._retried
+        return Usage(s.cached, s.prefilled, *counts)

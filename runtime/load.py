@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import atexit
 import gc
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from agentkit.runtime.chunked import ChunkedRunner
+from agentkit.runtime.config import DualChunk, ModelConfig
 from agentkit.runtime.engine import Engine, Sizes
 from agentkit.runtime.errors import CapacityError, ModelError
 from agentkit.runtime.graphs import CudaCapture
@@ -56,6 +59,8 @@ class Options:
         page_size: tokens in a KV page; None for 64 on a GPU, as its kernels read 64 keys at once, and 16 on the CPU.
         step_tokens: most tokens in one step.
         running: most sequences in one step.
+        dual_chunk: how contexts beyond what the model was trained on are cut into chunks; ``context`` then says how
+            long they may be (docs/long.md). None takes what its config.json says.
         attention: ``sparse`` computes long prompts faster and less exactly; a `Request` can still ask for ``dense``.
         sparse: what rows of a prompt see then.
         invariant: give a sequence the same logits, bit for bit, whatever runs beside it, however its prompt is cut, and
@@ -78,6 +83,7 @@ class Options:
     step_tokens: int = 512
     running: int = 64
     drafts: bool = True
+    dual_chunk: DualChunk | None = None
     attention: Literal["dense", "sparse"] = "dense"
     sparse: Sparse = Sparse()
     invariant: bool = False
@@ -128,11 +134,12 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     kv_dtype = choose_kv_dtype(options.kv_dtype, device, dtype)
     checkpoint = open_checkpoint(path)
     vocab = checkpoint.vocabulary()
-    model = Model(checkpoint, device, dtype, options.packed, options.weights)
-    config = checkpoint.config
+    config = _config(checkpoint.config, options)
+    model = Model(checkpoint, device, dtype, options.packed, options.weights, config)
     token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * kv_dtype.itemsize
     page_size = options.page_size or (64 if device.type == "cuda" else 16)
-    pages = _tokens(options, config.max_positions, token_bytes, lambda: _memory(model, page_size, options)) // page_size
+    tokens = _tokens(options, device, config.max_positions, token_bytes, lambda: _memory(model, page_size, options))
+    pages = tokens // page_size
     if pages < 1:
         raise CapacityError(
             f"kv_bytes leaves no room for one page of {page_size} tokens, which takes "
@@ -148,7 +155,7 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
     if options.context is not None and options.context > limit:
         raise CapacityError(
             f"context {options.context} is more than {name} can hold: the model has {config.max_positions} positions "
-            f"and the pool {pages * page_size} tokens. Lower it, or raise kv_bytes."
+            f"and the pool {pages * page_size} tokens. Lower it, raise kv_bytes, or give dual_chunk for more positions."
         )
     sizes = Sizes(
         context=options.context or limit,
@@ -160,8 +167,10 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         sparse=options.attention == "sparse",
         host_pages=host_pages,
     )
-    make: Callable[..., TorchRunner] = partial(TorchRunner, capture=_capture(options, device))
-    if options.invariant:
+    make: Callable[..., TorchRunner] = TorchRunner
+    if (chunks := _chunks(config, sizes, options, name)) is not None:
+        make = partial(ChunkedRunner, chunks=chunks)
+    elif options.invariant:
         make = InvariantRunner
     elif options.attention == "sparse":
         make = partial(SparseRunner, sparse=options.sparse)
@@ -174,9 +183,49 @@ def _build(path: Path, options: Options, name: str) -> tuple[TorchRunner, Vocabu
         tokens=vocab.size,
         host_pages=host_pages,
         kv_dtype=kv_dtype,
+        capture=_capture(options, device),
     )
     runner.warm_up()
     return runner, vocab, sizes
+
+
+def _config(config: ModelConfig, options: Options) -> ModelConfig:
+    """The checkpoint's configuration with the chunks that the options say.
+
+    Raises:
+        ModelError: they do not fit it.
+    """
+    chunks = options.dual_chunk
+    if chunks is None:
+        return config
+    if chunks.chunk_size > config.max_positions:
+        raise ModelError(
+            f"dual_chunk has a chunk_size of {chunks.chunk_size}, but the model was trained on {config.max_positions} "
+            "positions: that is the most it can be"
+        )
+    return replace(config, dual_chunk=chunks, max_positions=max(config.max_positions, options.context or 0))
+
+
+def _chunks(config: ModelConfig, sizes: Sizes, options: Options, name: str) -> DualChunk | None:
+    """How contexts are cut; None where all are so short that they are not.
+
+    Raises:
+        ModelError: other options or the page size forbid it.
+    """
+    chunks = config.dual_chunk
+    if chunks is None or sizes.context <= chunks.reach:
+        return None
+    if options.invariant or options.attention == "sparse":
+        raise ModelError(
+            f"{name} reads contexts of more than {chunks.reach} tokens in chunks, for which there is no invariant and "
+            f"no sparse attention: leave these options out, or set context={chunks.reach}"
+        )
+    if chunks.length % sizes.page_size:
+        raise ModelError(
+            f"page_size {sizes.page_size} does not divide the chunks of {name}, which have {chunks.length} tokens: use "
+            f"page_size={math.gcd(chunks.length, 64)}, or set context={chunks.reach}"
+        )
+    return chunks
 
 
 def choose_device(name: str) -> torch.device:
@@ -215,9 +264,15 @@ def _capture(options: Options, device: torch.device) -> CudaCapture | None:
     return CudaCapture(device) if options.graphs and plain and device.type == "cuda" else None
 
 
-def _tokens(options: Options, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
-    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them."""
+def _tokens(options: Options, device: torch.device, positions: int, token_bytes: int, memory: Callable[[], int]) -> int:
+    """Tokens that the pool may hold; ``memory`` is asked for its bytes where no option says them.
+
+    Raises:
+        CapacityError: ``kv_bytes`` is more than there is. A CPU would find out when the pool is written.
+    """
     if options.kv_bytes is not None:
+        if device.type == "cpu" and options.kv_bytes > (most := available_memory()):
+            raise CapacityError(f"kv_bytes is {options.kv_bytes:,}, but {most:,} bytes of memory are free: lower it")
         return options.kv_bytes // token_bytes
     wanted = _FULL_SEQUENCES * min(options.context or positions, positions)
     return min(wanted, memory() // token_bytes)

@@ -18,7 +18,9 @@ from torch import Tensor
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Parts, Work, paged_attention
 from agentkit.kernels.cache import HeadNorms, rotate_and_write
+from agentkit.kernels.chunked import Chunked
 from agentkit.kernels.compact import Int8, compact_linear
+from agentkit.kernels.decode import Decode
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.linear import (
     Int4,
@@ -30,30 +32,35 @@ from agentkit.kernels.linear import (
     pack_half,
     pack_int4,
 )
-from agentkit.kernels.norm import add_rms_norm, rms_norm
+from agentkit.kernels.norm import residual, residual_weight, rms_norm
 from agentkit.kernels.plan import Plan
 from agentkit.kernels.quant import Quantised, quant_linear
 from agentkit.kernels.rope import angles, whole
 from agentkit.kernels.silu import silu_mul
 from agentkit.kernels.windowed import Windowed
+from agentkit.runtime.config import ModelConfig
 from agentkit.runtime.quantise import Weights, form_of, from_file, join, quantised
 from agentkit.runtime.rope import inverse_frequencies
 from agentkit.runtime.weights import Blocks, Checkpoint
 
-Attention = Sequence[Work] | Layout | Aligned | Windowed | Plan | Parts
+Attention = Work | Layout | Aligned | Windowed | Chunked | Plan | Parts
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The tokens of one step, flattened over sequences.
 
+    A token may have several queries, each rotated by another position: positions and slots then are those of all first
+    queries, followed by those of all second ones, and so on, and only the first of a token has a slot.
+
     Attributes:
         ids: ``[t]`` int64 token ids.
-        positions: ``[t]`` int64, each token's place in its own sequence.
-        slots: ``[t]`` int64, where each token's key and value are written.
-        work: which rows attend to which slots.
+        positions: ``[queries * t]`` int64, each token's place in its own sequence.
+        slots: ``[queries * t]`` int64, where each token's key and value are written, −1 for nowhere.
+        work: which rows attend to which slots; on the CPU the work of a step of one row as it is.
         sampled: ``[r]`` int64, the rows whose logits are wanted.
         upper: a layer, and the work from it on; None where it is the same for all.
+        sharpness: ``[queries * t, 1, 1]`` fp32, what queries are multiplied by; None for nothing.
     """
 
     ids: Tensor
@@ -62,6 +69,7 @@ class Batch:
     work: Attention
     sampled: Tensor
     upper: tuple[int, Attention] | None = None
+    sharpness: Tensor | None = None
 
 
 class Linear:
@@ -155,7 +163,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one block."""
+    """Weights of one block. Its norms are those of `agentkit.kernels.norm.residual`."""
 
     attention_norm: Tensor
     qkv: Linear | Joined
@@ -177,6 +185,7 @@ class Model:
             and fp16 in place of fp32.
         weights: the form that the matrices of the layers are quantised to. Embedding and head stay as they are: logits
             are needed in fp32, and the products of quantised matrices give activations.
+        config: the shape, where it is not quite the checkpoint's.
 
     Attributes:
         config: the shape.
@@ -193,12 +202,11 @@ class Model:
         dtype: torch.dtype,
         packed: bool,
         weights: Weights = "auto",
+        config: ModelConfig | None = None,
     ) -> None:
-        self.config = checkpoint.config
+        self.config = config or checkpoint.config
         self.device, self.dtype, self.packed, self.weights = device, dtype, packed, weights
         self.digest = checkpoint.digest
-        # The CPU's norms compute in fp32, so that a stream of fewer bits would only be widened for each.
-        self.stream_dtype = torch.float32 if device.type == "cpu" else dtype
         load = _Loader(checkpoint, device, dtype, packed, weights)
         self.embedding = load.tensor("model.embed_tokens.weight")
         self.head = Head(self.embedding if self.config.tied else load.tensor("lm_head.weight"), packed)
@@ -227,38 +235,53 @@ class Model:
         Returns:
             ``[t, hidden]``, what the last layer gives, as `logits` takes it; on the CPU fp32.
         """
-        cos, sin = angles(batch.positions, self.frequencies, self.rope_scale)
-        if self.device.type == "cpu":
-            cos, sin = whole(cos, sin, self.dtype)
+        tables = angles(batch.positions, self.frequencies, self.rope_scale)
         eps = self.config.norm_eps
-        stream = F.embedding(batch.ids, self.embedding)
-        x = rms_norm(stream, self.layers[0].attention_norm, eps)
-        stream = stream.to(self.stream_dtype)
+        stream = residual(F.embedding(batch.ids, self.embedding))
+        x = stream.norm(self.layers[0].attention_norm, eps)
         following = [*(layer.attention_norm for layer in self.layers[1:]), None]
-        work = batch.work
-        for index, (layer, cache, norm) in enumerate(zip(self.layers, kv, following, strict=True)):
+        attend = self._attend(batch, batch.work, kv, *tables)
+        for index, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
             if batch.upper is not None and index == batch.upper[0]:
-                work = batch.upper[1]
-            x = self._attention(layer, x, cos, sin, batch.slots, work, cache)
-            x = add_rms_norm(x, stream, layer.mlp_norm, eps)
+                attend = self._attend(batch, batch.upper[1], kv, *tables)
+            x = layer.out(attend(index, layer.qkv(x), layer.head_norms))
+            x = stream.add_norm(x, layer.mlp_norm, eps)
             x = layer.down(silu_mul(layer.gate_up(x)))
             if norm is not None:
-                x = add_rms_norm(x, stream, norm, eps)
-        return stream + x
+                x = stream.add_norm(x, norm, eps)
+        return stream.plus(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of some rows of `hidden`: ``[r, vocab_size]`` fp32."""
         return self.head(rms_norm(hidden, self.norm, self.config.norm_eps))
 
-    def _attention(
-        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, work: Attention, cache: Tensor
-    ) -> Tensor:
+    def _attend(
+        self, batch: Batch, work: Attention, kv: Tensor, cos: Tensor, sin: Tensor
+    ) -> Callable[[int, Tensor, HeadNorms | None], Tensor]:
+        """What a step's layers make of queries, keys and values.
+
+        Returns:
+            a function of the layer's number, ``[t, (heads + 2 * kv_heads) * head_dim]`` and the norms of queries and
+            keys; it gives ``[t, heads * head_dim]``.
+        """
         c = self.config
-        heads = layer.qkv(x).to(self.dtype).view(x.shape[0], -1, c.head_dim)  # queries, keys, values in this order
-        query = rotate_and_write(heads, cos, sin, slots, cache, layer.head_norms)
-        keys, values = cache.unbind(1)
-        y = paged_attention(query, keys, values, work, c.head_dim**-0.5)
-        return layer.out(y.view(x.shape[0], -1))
+        if isinstance(work, Work):
+            return Decode(kv, work.runs, *whole(cos, sin, torch.float32), c.heads, self.dtype)
+        if self.device.type == "cpu":
+            cos, sin = whole(cos, sin, self.dtype)
+        layers, scale, queries = kv.unbind(0), c.head_dim**-0.5, len(batch.slots) // len(batch.ids)
+
+        def attend(layer: int, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
+            heads = qkv.to(self.dtype).view(len(qkv), -1, c.head_dim)
+            if queries > 1:
+                heads = heads.repeat(queries, 1, 1)
+            query = rotate_and_write(heads, cos, sin, batch.slots, layers[layer], norms)
+            if batch.sharpness is not None:
+                query = query.mul_(batch.sharpness)
+            keys, values = layers[layer].unbind(1)
+            return paged_attention(query, keys, values, work, scale).flatten(1)
+
+        return attend
 
 
 class _Loader:
@@ -306,11 +329,11 @@ class _Loader:
         c, at = self.checkpoint.config, f"model.layers.{index}."
         attention, mlp = at + "self_attn.", at + "mlp."
         return Layer(
-            attention_norm=self.tensor(at + "input_layernorm.weight"),
+            attention_norm=residual_weight(self.tensor(at + "input_layernorm.weight")),
             qkv=self.linear(*(f"{attention}{x}_proj" for x in "qkv"), bias=c.qkv_bias),
             head_norms=self._head_norms(attention) if c.qk_norm else None,
             out=self.linear(attention + "o_proj"),
-            mlp_norm=self.tensor(at + "post_attention_layernorm.weight"),
+            mlp_norm=residual_weight(self.tensor(at + "post_attention_layernorm.weight")),
             gate_up=self.linear(mlp + "gate_proj", mlp + "up_proj"),
             down=self.linear(mlp + "down_proj"),
         )

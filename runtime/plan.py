@@ -116,6 +116,31 @@ class Scheduler:
         if len(ids) > self.page_size:
             seq.goal = len(seq.ids)  # more than a forced run: prefill again, behind those who decode
 
+    def rewind(self, rid: int, n: int) -> None:
+        """Cut an unfinished sequence to its first ``n`` ids, the last of which is computed again for its logits.
+
+        The KV before that one stays where it is, except that a page which the tree holds is written by nobody: if that
+        one stands in such a page, the ids before it in the page are computed again too. Pages behind go back, or stay
+        cached where they have been published.
+
+        Raises:
+            EngineError: a step is in flight.
+            ValueError: ``n`` is not among the sequence's lengths so far, or it has targets.
+        """
+        if self._step is not None:
+            raise EngineError("a step is in flight; call complete() before rewind()")
+        seq = self.sequence(rid)
+        if not 1 <= n <= len(seq.ids) or seq.targets is not None:
+            raise ValueError(f"request {rid} with {len(seq.ids)} ids cannot be cut to {n}")
+        del seq.ids[n:]
+        seq.prompt, seq.goal, seq.reached = min(seq.prompt, n), min(seq.goal, n), min(seq.reached, n)
+        seq.shared, seq.awaiting = min(seq.shared, n), False
+        for child in self._waiting:
+            if child.parent is seq:
+                child.shared = min(child.shared, n)
+        if seq.computed >= n:
+            self._truncate(seq, n - 1)
+
     def fork(self, rid: int, new_rid: int, ids: Iterable[int] | None = None) -> Sequence:
         """Queue a child of an unfinished sequence: with its ids, or with ``ids`` (any: the common prefix is
         shared).
@@ -216,8 +241,7 @@ class Scheduler:
             end = start + entry.n
             if entry.draft:
                 end += common_prefix(entry.draft, seq.ids[end : end + len(entry.draft)])
-                while len(seq.pages) > self._pages(end):  # of rejected ids
-                    self.pool.release(seq.drop_page())
+                self._shrink(seq, self._pages(end))  # of rejected ids
             if start < seq.reached or start < seq.prompt:
                 fresh = max(start, min(seq.reached, end))
                 seq.recomputed += fresh - start
@@ -445,6 +469,27 @@ class Scheduler:
             self.tree.lock(node)
             self.tree.unlock(before)
             seq.node = node
+
+    def _truncate(self, seq: Sequence, n: int) -> None:
+        """Give up the KV of a running sequence behind its first ``n`` ids, and that of the page they end in if it is
+        the tree's."""
+        full, before = n // self.page_size, seq.node
+        if seq.published > full and before is not None:
+            below = before.path()[full]  # the first node that it goes back from
+            assert below.parent is not None
+            self.tree.lock(below.parent)
+            self.tree.unlock(before)
+            seq.node, seq.published = below.parent, full
+        shared = len(seq.pages) > full and seq.pages[full] not in seq.private
+        seq.computed = full * self.page_size if shared else n
+        self._shrink(seq, self._pages(seq.computed))
+
+    def _shrink(self, seq: Sequence, count: int) -> None:
+        """Give back the pages behind the first ``count``."""
+        while len(seq.pages) > count:
+            page = seq.drop_page()
+            if page is not None:
+                self.pool.release(page)
 
     def _leave(self, seq: Sequence) -> None:
         """Release a sequence's pages now, or when the step in flight has completed."""

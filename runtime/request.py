@@ -98,9 +98,10 @@ class Usage:
         prefilled: prompt tokens computed.
         decoded: output tokens the model chose.
         forced: output tokens the grammar left no choice about; they cost no decision.
-        recomputed: tokens computed a second time after a preemption.
+        recomputed: tokens computed a second time after a preemption, or where an output was taken back.
         drafted: tokens guessed and verified.
-        accepted: of those, the right ones; they are among the decoded and forced.
+        accepted: of those, the right ones; they are among the decoded, forced and retried.
+        retried: output tokens thrown away because a document with them failed its schema.
     """
 
     cached: int = 0
@@ -110,6 +111,7 @@ class Usage:
     recomputed: int = 0
     drafted: int = 0
     accepted: int = 0
+    retried: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -120,6 +122,7 @@ class Usage:
             self.recomputed + other.recomputed,
             self.drafted + other.drafted,
             self.accepted + other.accepted,
+            self.retried + other.retried,
         )
 
 

@@ -6,7 +6,7 @@ Of rows that are asked about, as in scoring a text, only the log-probabilities o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Protocol, TypedDict
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agentkit.kernels.aligned import Aligned
 from agentkit.kernels.attention import Work
+from agentkit.kernels.chunked import Chunked
 from agentkit.kernels.flash import Layout
 from agentkit.kernels.groups import Span, flat, shared
 from agentkit.kernels.pages import Copy as PageCopy
@@ -25,7 +26,7 @@ from agentkit.kernels.plan import Plan as AttentionPlan
 from agentkit.kernels.sample import target_log_probabilities
 from agentkit.runtime.graphs import ENTRIES, Capture, Graphs, reserve
 from agentkit.runtime.inputs import Begun, Inputs
-from agentkit.runtime.kv import PagedKV
+from agentkit.runtime.kv import PagedKV, zeros
 from agentkit.runtime.model import Batch, Model
 from agentkit.runtime.sequence import Entry, Plan
 
@@ -69,6 +70,11 @@ class Runner(Protocol):
         ...
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether `step` returns while a device still computes what it gives."""
+        ...
+
+    @property
     def memory(self) -> PagedKV | None:
         """The KV, to be moved elsewhere; None where there is none."""
         ...
@@ -84,6 +90,7 @@ class Kept(TypedDict, total=False):
     tokens: int | None
     host_pages: int
     kv_dtype: torch.dtype | None
+    capture: Capture | None
 
 
 class TorchRunner:
@@ -120,11 +127,8 @@ class TorchRunner:
     ) -> None:
         self.model, self.page_size, self.tokens = model, page_size, tokens
         # Zeroed once: a row that no sequence wrote may be read by a masked lane, and 0 × NaN is NaN.
-        self.kv = torch.zeros(
-            (model.config.layers, pages * page_size, *model.kv_shape),
-            dtype=kv_dtype or model.dtype,
-            device=model.device,
-        )
+        shape = (model.config.layers, pages * page_size, *model.kv_shape)
+        self.kv = zeros(shape, kv_dtype or model.dtype, model.device)
         self._memory = PagedKV(model, self.kv, page_size, host_pages)
         self._inputs = Inputs(max(step_tokens, running), page_size, model.device)
         self._room = -(-_STEPS // page_size)
@@ -139,12 +143,14 @@ class TorchRunner:
     def _planned(self, pages: int, step_tokens: int, running: int) -> AttentionPlan:
         c, device = self.model.config, self.model.device
         shape, count = Shape(c.heads, c.kv_heads, c.head_dim, self.page_size, pages), processors(device)
-        capacity = Capacity(
-            rows=ENTRIES * step_tokens,
-            pages=running * (-(-c.max_positions // self.page_size) + 2 * self._room),
-            items=max(4096, sum(reserve(running, shape, count).items.values())),
-        )
-        return AttentionPlan(shape, capacity, device, count)
+        capacity = self._capacity(step_tokens, running)
+        items = max(capacity.items, sum(reserve(running, shape, count).items.values()))
+        return AttentionPlan(shape, replace(capacity, items=items), device, count)
+
+    def _capacity(self, step_tokens: int, running: int) -> Capacity:
+        """What the attention of any step fits in, but for the grids of captured ones."""
+        pages = -(-self.model.config.max_positions // self.page_size) + 2 * self._room
+        return Capacity(rows=ENTRIES * step_tokens, pages=running * pages)
 
     @property
     def vocab_size(self) -> int:
@@ -159,17 +165,25 @@ class TorchRunner:
         return self.model.digest
 
     @property
+    def asynchronous(self) -> bool:
+        return self.model.device.type == "cuda"
+
+    @property
     def memory(self) -> PagedKV:
         return self._memory
 
     def step(self, plan: Plan) -> Output:
         self._move(plan)
-        size = self._graphs.size(plan.entries) if self._graphs is not None else None
+        size = self._size(plan.entries)
         batch = self._batch(plan, size)
         if self._graphs is None or size is None:
             hidden = self.model.hidden(batch, self.kv)
             return Output(self._logits(hidden[batch.sampled]), self._scores(plan, hidden))
         return Output(self._logits(self._graphs.run(batch)[: len(plan.entries)]), _NONE)
+
+    def _size(self, entries: list[Entry]) -> int | None:
+        """Rows that a captured step is padded to; None for one that is not captured."""
+        return self._graphs.size(entries) if self._graphs is not None else None
 
     def _move(self, plan: Plan) -> None:
         """Copy pages, to the host first: what follows may overwrite them."""
@@ -229,7 +243,7 @@ class TorchRunner:
 
     def _work(
         self, entries: list[Entry], begun: Begun | None = None, size: int | None = None
-    ) -> Layout | Aligned | AttentionPlan:
+    ) -> Work | Layout | Aligned | Chunked | AttentionPlan:
         """The attention of the step: pieces of the pool on the CPU, page lists with shared prefixes on a GPU.
 
         Args:
@@ -240,7 +254,7 @@ class TorchRunner:
         if self._attention is None:
             starts = accumulate((entry.rows for entry in entries), initial=0)
             works = [Work(start, e.rows, self._runs(e)) for start, e in zip(starts, entries, strict=False)]
-            return Layout(works, self.model.dtype)
+            return works[0] if len(works) == 1 and works[0].rows == 1 else Layout(works, self.model.dtype)
         if begun is not None and self._age < _STEPS:
             self._age += 1
             self._attention.advance(begun.rows, begun.pages)

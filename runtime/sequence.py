@@ -43,14 +43,14 @@ class Sequence:
     """One request: its ids, and how far their KV is computed and where it lies.
 
     Counters, for usage: ``cached`` tokens came from the prefix tree or a copy, ``prefilled`` are prompt
-    tokens computed once, ``recomputed`` were computed before and lost to a preemption.
+    tokens computed once, ``recomputed`` were computed before and lost to a preemption or a rewind.
     """
 
     rid: int
     ids: list[int]  # the prompt, then everything emitted or forced; drafts never
     namespace: str
     arrival: int
-    prompt: int  # how many ids were there at submit
+    prompt: int  # how many ids were there at submit, less those that a rewind has cut
     state: State = State.WAITING
     computed: int = 0  # ids whose KV is in `pages`
     in_flight: int = 0  # ids after those that the step in flight computes, drafted ones included
@@ -62,7 +62,7 @@ class Sequence:
     restoring: int = 0  # full pages behind them, counted as computed, that the step in flight brings from the host
     awaiting: bool = False  # all is computed: nothing to do until `append` or `finish`
     goal: int = 0  # ids before this one are prefill; from there on it decodes
-    reached: int = 0  # the largest `computed` so far, preemptions included
+    reached: int = 0  # the largest `computed` so far, preemptions included, of what has not been cut
     cached: int = 0
     prefilled: int = 0
     recomputed: int = 0
@@ -100,13 +100,15 @@ class Sequence:
         else:
             self.runs.append((page, 1))
 
-    def drop_page(self) -> int:
-        """Take the last page off the table, and off its runs; it must be private."""
+    def drop_page(self) -> int | None:
+        """Take the last page off the table, and off its runs; returns it if it was private, and must be released."""
         page = self.pages.pop()
-        self.private.remove(page)
         first, count = self.runs.pop()
         if count > 1:
             self.runs.append((first, count - 1))
+        if page not in self.private:
+            return None
+        self.private.remove(page)
         return page
 
     def fault(self, page_size: int) -> str | None:

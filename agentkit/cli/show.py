@@ -136,6 +136,7 @@ def tokens(usage: Usage) -> str:
     """Token counts on one line."""
     counts = f"{usage.prefilled} prefilled, {usage.cached} cached, {usage.decoded} decoded, {usage.forced} forced"
     counts += f", {usage.recomputed} recomputed" if usage.recomputed else ""
+    counts += f", {usage.retried} retried" if usage.retried else ""
     return f"tokens: {counts}" + (f", {usage.accepted} of {usage.drafted} drafts right" if usage.drafted else "")
 
 

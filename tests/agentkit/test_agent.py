@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -175,6 +176,44 @@ async def test_a_validator_sends_the_answer_back_once() -> None:
     assert any(isinstance(m, User) and "must be even" in m.text for m in result.transcript.messages())
     with pytest.raises(OutputError, match="must be even"), scripted(reply('{"number": 3}'), reply('{"number": 5}')):
         await Agent(output=Even).run("An even number.")
+
+
+#: Nothing but "ab" fits one branch and no other; the grammar admits digits as well.
+ODD = {"oneOf": [{"type": "string", "pattern": p} for p in ("^[0-9]+$", "^([0-9]+|ab)$")]}
+
+
+async def test_an_answer_that_no_attempt_makes_valid_is_shown_to_the_model_once() -> None:
+    with scripted(reply('"12"'), reply('"ab"')) as engine:
+        result = await Agent(output=ODD).run("A letter.")
+        engine.check()
+    assert result.output == "ab"
+    answer, complaint = result.transcript.messages()[-3:-1]
+    assert isinstance(answer, Assistant)
+    assert json.loads(answer.text).isdigit()
+    assert isinstance(complaint, User)
+    assert "oneOf" in complaint.text
+    assert result.usage.retried > 0
+    with pytest.raises(OutputError, match="oneOf"), scripted(reply('"12"'), reply('"34"')):
+        await Agent(output=ODD).run("A letter.")
+
+
+async def test_a_call_that_no_attempt_makes_valid_is_not_made_and_what_came_before_it_is_kept() -> None:
+    async def pick(what: str) -> str:
+        """Pick.
+
+        Args:
+            what: a letter.
+        """
+        return f"picked {what}"
+
+    picking = replace(tool(pick), schema={**tool(pick).schema, "properties": {"what": ODD}})
+    turn = reply("First two.", call("add", a=1, b=2), call("pick", what="12"))
+    with scripted(turn, call("pick", what="ab"), final("Done.")) as engine:
+        result = await Agent(tools=[add, picking]).run("Pick.")
+        engine.check()
+    assert [(c.name, c.arguments) for c in result.calls] == [("add", {"a": 1, "b": 2}), ("pick", {"what": "ab"})]
+    assert result.output == "Done."
+    assert [m.text for m in result.transcript.messages() if isinstance(m, User)][1].count("oneOf")
 
 
 async def test_calls_of_one_turn_run_together_and_before_the_turn_ends() -> None:

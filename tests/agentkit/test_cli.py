@@ -317,6 +317,7 @@ def test_events_as_json() -> None:
             "recomputed": 0,
             "drafted": 0,
             "accepted": 0,
+            "retried": 0,
         },
         "seconds": 2.1,
     }

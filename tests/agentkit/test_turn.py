@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from agentkit.runtime.errors import SchemaError
-from agentkit.runtime.grammar import ChoiceSpec, Grammar, GrammarCompiler, GrammarSpec, JsonSpec, RegexSpec
+from agentkit.runtime.grammar import ChoiceSpec, Grammar, GrammarCompiler, GrammarSpec, JsonSpec, LarkSpec, RegexSpec
 from agentkit.runtime.text import Detokenizer, Piece
 from agentkit.runtime.vocab import Vocabulary
 from agentkit.runtime.weights import open_checkpoint
@@ -285,6 +285,30 @@ def test_what_is_not_enforced_in_a_tool_is_reported():
     assert spec is not None
     [(what, report)] = QWEN.compiler.submit(spec).result().reports
     assert (what, report.findings[0].pointer) == ("tool pay", "/properties/iban")
+
+
+@BOTH
+def test_what_the_grammar_is_too_wide_for_is_judged_behind_its_own_header(model: Setting):
+    odd = {"oneOf": [{"type": "string", "pattern": "^[0-9]+$"}, {"type": "string", "pattern": "^[0-9a-c]"}]}
+    tools = [Sig("exact", _object(x={"type": "integer"})), Sig("odd", _object(x=odd))]
+    spec = turn_spec(tools, JsonSpec(json.dumps(odd)), model.tags)
+    assert isinstance(spec, LarkSpec)
+    assert [json.loads(value.schema) for value in spec.judged] == [tools[1].schema, odd]
+    review = model.compiler.submit(spec).result().review()
+    assert review is not None
+
+    def fails(ids: list[int]) -> bool:
+        """Whether a fresh output with these ids ends in a fault."""
+        return not review.fork().hear(ids, ended=True)
+
+    for text in ("", 'I call {"name": "odd", "arguments": {"x": "1"}} '):
+        calls = [Call("exact", {"x": 1}), Call("odd", {"x": 'a<tool_call>\n{"name": "odd"'}), Call("exact", {"x": 2})]
+        assert not fails(model.encode(text, calls))
+        assert not fails(model.encode(text, [*calls, Call("odd", {"x": "1a"}), *calls]))
+        assert fails(model.encode(text, [*calls, Call("odd", {"x": "12"}), *calls]))
+    assert fails(model.vocab.encode('"12"'))
+    assert not fails(model.vocab.encode('"1b"'))
+    assert not fails(model.vocab.encode('Say "12"'))
 
 
 def test_ninety_four_tools_make_one_grammar():

@@ -56,7 +56,7 @@ def test_rows_at_the_last_positions_equal_transformers(tmp_path: Path) -> None:
 class Nothing:
     """A model that costs nothing and always says the same."""
 
-    vocab_size, weight_bytes = byte_vocabulary().size, 0
+    vocab_size, weight_bytes, asynchronous = byte_vocabulary().size, 0, False
 
     def step(self, plan: Plan) -> Output:
         return Output(torch.zeros(sum(entry.sample for entry in plan.entries), self.vocab_size), torch.empty(0))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkit.kernels.groups import FAR, Group, Span, Window, fixed, flat, selected, shared, visible, windowed
+from agentkit.kernels.groups import FAR, Group, Span, Window, chunked, fixed, flat, selected, shared, visible, windowed
 from agentkit.kernels.plan import RESIDENT, Capacity, Plan, Reserve, Shape
 
 PAGE = 4
@@ -108,6 +108,19 @@ def test_windowed_groups_give_each_row_its_window_once_and_hold_no_page_that_no_
         tokens = torch.tensor([j for j, _ in lists(group)])
         seen = visible(window, torch.from_numpy(group.positions.astype(np.int64)), tokens, PAGE).any(0)
         assert all(part.any() for part in seen.split(PAGE))
+
+
+@given(batches(), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_chunked_groups_give_each_query_of_a_row_the_keys_of_its_chunks_once(spans: list[Span], pages: int) -> None:
+    rows, length = sum(span.rows for span in spans), pages * PAGE
+    seen = read(chunked(spans, PAGE, length, rows))
+    for row, past in wanted(spans).items():
+        chunk = max(position for position, _ in past) // length
+        for turn in range(3):
+            keys = [key for key in past if min(chunk - key[0] // length, 2) == turn]
+            assert seen.pop(row + turn * rows, Counter()) == Counter(keys)
+    assert not seen
 
 
 @given(batches(), st.integers(1, 8))

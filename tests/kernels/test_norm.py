@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from agentkit.kernels.norm import (
-    add_rms_norm,
     add_rms_norm_reference,
     launch_rms_norm,
-    rms_norm,
+    residual,
+    residual_weight,
     rms_norm_reference,
 )
 from tests.kernels.rule import assert_as_exact
@@ -60,13 +60,22 @@ def test_no_rows_give_no_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_entry_adds_in_place_and_norms_the_sum(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])  # where eps counts, and where a mean could cancel badly
+def test_stream_on_the_cpu_sums_in_fp32_and_is_as_exact_as_the_definition(dtype: torch.dtype, size: float) -> None:
     torch.manual_seed(0)
-    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in [(3, 64), (3, 64), (64,)])
-    total = residual + x
-    got = add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, total)
-    assert torch.equal(got, rms_norm(total, weight, 1e-6))
+    x, weight = ((torch.randn(3, 576) + 2) * size).to(dtype), torch.randn(576).to(dtype)
+    stream, exact, factor = residual(x), x.double(), residual_weight(weight)
+    assert_as_exact(stream.norm(factor, 1e-6), *norms(exact, weight, dtype))
+    for _ in range(3):
+        added = torch.randn(3, 576).to(dtype)
+        exact += added
+        assert_as_exact(stream.add_norm(added, factor, 1e-6), *norms(exact, weight, dtype))
+    torch.testing.assert_close(stream.plus(added), (exact + added).float())
+
+
+def norms(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition in fp32, rounded once, and in fp64."""
+    return rms_norm_reference(x.float(), weight.float(), 1e-6).to(dtype), rms_norm_reference(x, weight.double(), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from agentkit.runtime.config import ModelConfig, RopeScaling
+from agentkit.runtime.config import DualChunk, ModelConfig, RopeScaling
 from agentkit.runtime.errors import ModelError
 
 QWEN3_4B = {
@@ -215,3 +215,44 @@ def test_yarn_resolves_its_defaults_as_transformers_does(change: dict[str, objec
     assert scaling.beta_fast == (change.get("beta_fast") or 32)
     assert scaling.beta_slow == (change.get("beta_slow") or 1)
     assert scaling.truncate is change.get("truncate", True)
+
+
+def test_dual_chunk_attention_is_read_as_qwen_writes_it() -> None:
+    given = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    config = ModelConfig.from_json({**QWEN3_4B, "dual_chunk_attention_config": given})
+    assert config.dual_chunk == DualChunk(262144, 8192, 262144)
+    assert config.dual_chunk.length == config.dual_chunk.reach == 253952
+    del given["original_max_position_embeddings"]
+    config = ModelConfig.from_json({**QWEN3_4B, "dual_chunk_attention_config": given})
+    assert config.dual_chunk == DualChunk(262144, 8192, 0)
+    assert ModelConfig.from_json({**QWEN3_4B, "dual_chunk_attention_config": None}).dual_chunk is None
+    sparse = {
+        **given,
+        "sparse_attention_enabled": True,
+        "sparse_attention_config": [{"0": ["vertical_and_slash", 30, 800, 1]}],
+    }
+    with pytest.warns(UserWarning, match="sparse_attention_config.* is left out"):
+        assert ModelConfig.from_json({**QWEN3_4B, "dual_chunk_attention_config": sparse}) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "'dual_chunk_attention_config' is .*but must be an object or null"),
+        ({"local_size": 8}, "'chunk_size' is missing, but must be a whole number"),
+        ({"chunk_size": 64, "local_size": 1.5}, "'local_size' is 1.5"),
+        ({"chunk_size": 64, "local_size": 64}, "a bad local_size: 64 .*leave it out of config.json"),
+        ({"chunk_size": 64, "local_size": 8, "original_max_position_embeddings": -1}, "a bad original_positions: -1"),
+        ({"chunk_size": 64, "local_size": 8, "shift": 1}, "dual chunk attention with shift"),
+    ],
+)
+def test_dual_chunk_attention_that_cannot_be_is_refused(given: object, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        ModelConfig.from_json({**QWEN3_4B, "dual_chunk_attention_config": given})
+
+
+def test_yarn_and_dual_chunk_attention_are_not_both_taken() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 65536}
+    given = {"chunk_size": 64, "local_size": 8}
+    with pytest.raises(ModelError, match="leave out one, rope_scaling or dual_chunk_attention_config"):
+        ModelConfig.from_json({**QWEN3_4B, "rope_scaling": yarn, "dual_chunk_attention_config": given})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -406,6 +407,23 @@ async def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(folder:
         assert (await run(engine, max_tokens=3, ignore_end=True)).finish is not None
 
 
+async def test_a_pool_takes_memory_as_it_is_written(folder: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    with tiny.engine(folder, kv_bytes=1 << 30) as engine:
+        assert engine.sizes.pages * engine.sizes.page_size > 100_000
+        assert (await run(engine, max_tokens=3, ignore_end=True)).finish is not None
+        assert resident() - before < 1 << 28
+
+
+def test_a_pool_larger_than_the_memory_is_refused(folder: Path) -> None:
+    free = pytest.raises(CapacityError, match="kv_bytes is .* bytes of memory are free: lower it")
+    with free, tiny.engine(folder, kv_bytes=1 << 50):
+        pass
+
+
 async def test_a_step_that_fails_ends_its_requests_and_no_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,7 +473,7 @@ from agentkit.runtime.runner import Output
 from agentkit.script import byte_vocabulary
 
 class Slow:
-    vocab_size, weight_bytes = byte_vocabulary().size, 0
+    vocab_size, weight_bytes, asynchronous = byte_vocabulary().size, 0, False
 
     def step(self, plan):
         begun.set()

@@ -693,3 +693,58 @@ def test_after_a_preemption_the_rows_that_are_left_are_scored() -> None:
     assert asked(scheduler) == [(8, 8, [])]
     assert asked(scheduler) == [(16, 4, [16, 17, 18, 19])]
     assert (seq.prefilled, seq.recomputed) == (20, 16)
+
+
+# --- going back
+
+
+def test_a_rewind_computes_the_last_id_again_and_the_page_of_it_where_that_is_the_trees() -> None:
+    scheduler = build()
+    scheduler.submit(1, range(6))
+    step(scheduler)
+    scheduler.append(1, range(10, 20))  # 16 ids: four full pages
+    assert step(scheduler) == {1: (6, 10)}
+    scheduler.append(1, [30, 31])
+    assert step(scheduler) == {1: (16, 2)}
+    pages = list(scheduler.sequence(1).pages)
+
+    scheduler.rewind(1, 17)  # the last id stands in a page of its own
+    scheduler.check()
+    assert step(scheduler) == {1: (16, 1)}
+    assert list(scheduler.sequence(1).pages) == pages
+
+    scheduler.rewind(1, 11)  # in the third page, which others may read: all of it is computed again, elsewhere
+    scheduler.check()
+    scheduler.append(1, [40])
+    assert step(scheduler) == {1: (8, 4)}
+    assert scheduler.sequence(1).pages[:2].tolist() == pages[:2]
+    assert scheduler.sequence(1).pages[2] != pages[2]
+    assert scheduler.sequence(1).recomputed == 1 + 3
+    scheduler.finish(1)
+    assert drained(scheduler)
+
+
+def test_a_fork_that_waits_shares_no_more_than_a_rewind_leaves() -> None:
+    scheduler = build(running=1)
+    scheduler.submit(1, range(7))
+    step(scheduler)
+    scheduler.fork(1, 2)
+    scheduler.rewind(1, 6)
+    scheduler.append(1, [50, 51])
+    step(scheduler)
+    scheduler.finish(1)
+    assert scheduler.sequence(2).shared == 6
+    assert step(scheduler) == {2: (6, 1)}
+
+
+def test_a_rewind_in_a_step_or_to_nowhere_is_refused() -> None:
+    scheduler = build()
+    scheduler.submit(1, range(6))
+    plan = scheduler.plan()
+    with pytest.raises(EngineError, match="in flight"):
+        scheduler.rewind(1, 3)
+    scheduler.complete(plan)
+    for n in (0, 7):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            scheduler.rewind(1, n)
+    assert len(scheduler.sequence(1).ids) == 6

@@ -100,6 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.reached: dict[int, int] = {}  # rid -> where its next entry must start
         self.computed: dict[int, Counter[int]] = defaultdict(Counter)
         self.answered: dict[int, list[int]] = defaultdict(list)  # rid -> the rows whose targets were answered
+        self.asked: dict[int, int] = {}  # rid -> ids it was submitted with
+        self.cut: Counter[int] = Counter()  # rid -> ids that had been computed and were cut by rewinds
         self.next_rid = 0
 
     # --- events
@@ -152,6 +154,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         if how == "abort":
             self.scheduler.abort(seq.rid)
         self._end(seq)  # finish after abort must change nothing
+
+    @precondition(lambda self: self.live and self.plan is None)
+    @rule(pick=picks, n=st.integers(1, 40), more=st.lists(tokens, max_size=3))
+    def rewind(self, pick: int, n: int, more: list[int]) -> None:
+        """An output is taken back in part, and often goes on with other ids before the next step."""
+        seq = self._pick(pick)
+        if seq.targets is not None:
+            return
+        n = min(n, len(seq.ids))
+        before, computed, reached, state = list(seq.ids), seq.computed, seq.reached, seq.state
+        self.scheduler.rewind(seq.rid, n)
+        assert seq.ids == before[:n]
+        assert seq.state is state
+        assert min(computed, n - 1) // self.page_size * self.page_size <= seq.computed <= min(computed, n - 1)
+        self.cut[seq.rid] += reached - seq.reached
+        if state is State.RUNNING:
+            self.reached[seq.rid] = seq.computed
+        if len(seq.ids) + len(more) <= self.max_context:
+            self.scheduler.append(seq.rid, more)
 
     @precondition(lambda self: len(self.pins) < 3)
     @rule(pick=picks)
@@ -363,12 +384,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_counters(self, seq: Sequence) -> None:
         counts = self.computed[seq.rid]
-        if seq.rid not in self.scheduler.preempted:
+        if seq.rid not in self.scheduler.preempted and seq.rid not in self.cut:
             assert seq.recomputed == 0
             assert set(counts.values()) == {1}
             assert set(counts) == set(range(seq.cached, seq.cached + len(counts)))
-        assert seq.cached + counts.total() - seq.recomputed == seq.reached
-        assert seq.prefilled <= seq.prompt
+        assert seq.cached + counts.total() - seq.recomputed == seq.reached + self.cut[seq.rid]
+        assert seq.prefilled <= self.asked[seq.rid]
 
     def _check_failure(self, seq: Sequence, error: CapacityError) -> None:
         assert -(-len(seq.ids) // self.page_size) > self.pool.total
@@ -402,6 +423,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 act(self.next_rid)
         else:
             self.live[self.next_rid] = act(self.next_rid)
+            self.asked[self.next_rid] = len(self.live[self.next_rid].ids)
 
     def _end(self, seq: Sequence) -> None:
         self.scheduler.finish(seq.rid)
