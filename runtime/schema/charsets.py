@@ -53,7 +53,7 @@ def intersection(one: Chars, other: Chars) -> Chars:
 
 
 ANY: Chars = complement(())
-_CONTROL: Chars = ((0x00, 0x1F),)
+_CONTROL: Chars = ((0x00, 0x07), (0x0B, 0x0B), (0x0E, 0x1F))  # those that JSON escapes by number only
 _SEPARATOR: Chars = ((0x1F, 0x1F),)  # the control character missed least
 _ESCAPED: Chars = ((0x22, 0x22), (0x5C, 0x5C))
 DIGITS: Chars = ((0x30, 0x39),)
@@ -104,7 +104,7 @@ def spelled(chars: Chars) -> str:
         return "(?s:.)"
     others = complement(chars)
     if not intersection(others, _CONTROL) and intersection(others, _ESCAPED):
-        # llguidance takes a class with every control character for one with every escape, the quote's included.
+        # llguidance takes a class with all of these for one with every escape, the quote's included.
         chars = intersection(chars, complement(_SEPARATOR))
     if len(chars) == 1 and chars[0][0] == chars[0][1]:
         return _character(chars[0][0])

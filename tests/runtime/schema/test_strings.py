@@ -206,7 +206,17 @@ def test_string_keywords_say_nothing_about_other_types():
 
 
 @pytest.mark.parametrize(
-    "pattern", [r'^a[^"]b$', r"^a[^\\]b$", r'^a[^"\\]*b$', r'^a[^\w"]b$', r"^a[\x00-\x1f]b$", r'^(?!a")']
+    "pattern",
+    [
+        r'^a[^"]b$',
+        r"^a[^\\]b$",
+        r'^a[^"\\]*b$',
+        r'^a[^\w"]b$',
+        r"^a[\x00-\x1f]b$",
+        r'^a[^"\n]b$',
+        r'^a[^"\t\r\f]b$',
+        r'^(?!a")',
+    ],
 )
 def test_a_class_without_the_quote_or_the_backslash_admits_neither_as_an_escape(pattern: str):
     judged = string(pattern)
