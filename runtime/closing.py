@@ -1,19 +1,14 @@
 """The way from an unfinished output to a complete one, and when it must be taken.
 
 No document is ever cut: when the token budget runs out, the engine stops sampling and emits a completion, a
-short list of ids after which the output may end. `complete` finds one by best-first search over forks of
-the matcher. What the grammar forces costs no choice; where there is one, only a few tokens are tried: those
-of JSON's own punctuation inside JSON, and one token of each kind (a letter, a digit, a long word …)
-elsewhere. The search knows only where in JSON it stands; what is legal it asks the matcher, so whatever it
-finds is proven, and at worst it finds nothing.
+short list of ids after which the output may end. `search` finds one; here is what it looks at, and `Closer`,
+which knows when to take it.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,21 +21,12 @@ if TYPE_CHECKING:
     from agentkit.runtime.grammar import Matcher
     from agentkit.runtime.vocab import Vocabulary
 
-#: States either way of searching may look at before it gives up (the second one more for each token allowed); about
-#: 0.2 ms each.
-EXPANSIONS = 2000
-#: Levels of nesting that a completion may open beyond those that are open. A schema that asks for more asks for endless
-#: ones: each level costs the matcher more than the one above it.
-_NESTED = 64
-#: States that wait to be gone on from, the best ones. Each holds a matcher, which grows with what it has taken.
-_WAITING = 256
-
 # One token's worth of JSON without content: an end, a separator and a beginning or one of the shortest values.
 _PUNCTUATION = re.compile(rb' ?"?[}\]]{0,4}\n?[,:]? ?(?:""|\[\]|{}|[\[{]{0,2}"?|null|true|false|[0-9])?', re.DOTALL)
 _STARTS = b'{["-0123456789tfn'
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _ENDING = (b",", b":", b"}", b"]")
-_MARKS, _ENDS, _LOOK = 8, 3, 32
+_MARKS, _LOOK = 8, 32
 _WORDS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -191,221 +177,13 @@ def _kinds() -> list[bytes]:
     return [letters, digits, letters.upper(), *marks, bytes(range(0x80, 0xC0)), bytes(range(0xC0, 0x100))]
 
 
-def complete(matcher: Matcher, search: Search, text: bytes, limit: int) -> list[int] | None:
-    """A short list of at most `limit` ids after which `matcher` may stop, or None if none was found.
-
-    Args:
-        matcher: state of the output; left as it is.
-        search: how to look.
-        text: bytes of the output so far.
-        limit: most ids.
-    """
-    return [] if matcher.can_stop() else search.run(matcher, text, limit)
-
-
-@dataclass(slots=True)
-class _Node:
-    """A state the search has reached: the path to it, what that costs, and where in JSON it is.
-
-    `text` is the end of what was written, from which the beginning of JSON is told; kept outside JSON only.
-    """
-
-    matcher: Matcher
-    path: list[int]
-    cost: float
-    context: Context | None
-    text: bytes = b""
-
-    def __lt__(self, other: _Node) -> bool:
-        return len(self.path) > len(other.path)  # of equals the one that has come furthest
-
-
-_Heap = list[tuple[float, _Node]]
-
-
-class Search:
-    """Best-first search for completions under one grammar. Holds no state of an output.
-
-    It works on two levels. The outer one chooses among punctuation and the shortest values; the inner one
-    finds the nearest end of a string, a number or free text, whatever pattern or length it must have.
-
-    Args:
-        candidates: tokens to try.
-        hints: about the grammar.
-        words: int32 words of a mask row.
-    """
-
-    def __init__(self, candidates: Candidates, hints: Hints, words: int) -> None:
-        self._candidates, self._hints, self._words = candidates, hints, words
-        self._bytes = candidates.vocab.token_bytes
-        self._literals = [[token] for token in hints.tokens]
-        self._literals += [ids for text in hints.literals if (ids := candidates.encode(text))]
-        tails = {text[at:] for text in hints.examples for at in range(len(text))}
-        self._endings = sorted(map(candidates.encode, sorted(tails)), key=len)
-
-    def run(self, matcher: Matcher, text: bytes, limit: int) -> list[int] | None:
-        """A path of at most `limit` ids to a state that may stop.
-
-        First the best of all states is gone on from, which finds a short path. Where so much has to be written that
-        this loses its way among alternatives, the first choice is followed to its end.
-        """
-        path = self._explore(matcher, text, limit, deep=False)
-        return self._explore(matcher, text, limit, deep=True) if path is None else path
-
-    def _explore(self, matcher: Matcher, text: bytes, limit: int, deep: bool) -> list[int] | None:
-        start = _Node(matcher.fork(), [], 0.0, self._hints.context(text), text)
-        deepest = _NESTED + (start.context.depth if start.context is not None else 0)
-        heap: _Heap = []
-        seen: set[tuple[object, ...]] = set()
-        self._push(heap, start, limit, deepest=deepest)
-        for turn in range(EXPANSIONS + deep * limit):
-            if not heap:
-                return None
-            if len(heap) > 2 * _WAITING:
-                heap = heapq.nsmallest(_WAITING, heap)  # sorted, which is a heap
-            node = heapq.heappop(heap)[1]
-            if node.matcher.can_stop():
-                return node.path
-            row, legal = self._legal(node.matcher)
-            # The mask alone does not tell an array of two items from one of three.
-            key = (node.context, hash(row.tobytes()))
-            if node.context is not None and key in seen:
-                continue
-            seen.add(key)
-            for place, move in enumerate(self._moves(node, legal, limit - len(node.path))):
-                child = node.matcher.fork()
-                if all(map(child.advance, move)):
-                    # A text that must be long, as of a format, is no reason to turn back.
-                    step = self._step(node, child, move, min(len(move), 4) + len(move) / 8)
-                    self._push(heap, step, limit, place / _LOOK - turn if deep else None, deepest)
-        return None
-
-    def _moves(self, node: _Node, legal: NDArray[np.bool_], limit: int) -> Iterable[Sequence[int]]:
-        context = node.context
-        if context is not None and not context.escape:
-            marks = self._candidates.punctuation(context, legal)
-            if marks:
-                return [[i] for i in marks]
-        return self._contents(node, limit)
-
-    def _push(self, heap: _Heap, node: _Node, limit: int, rank: float | None = None, deepest: float = math.inf) -> None:
-        """Take what is forced, then put the node in line, by rank or by merit, unless it is too long or too deep."""
-        while forced := node.matcher.forced():
-            if len(node.path) + len(forced) > limit or not all(map(node.matcher.advance, forced)):
-                return
-            node = self._step(node, node.matcher, forced, len(forced) / 4)
-            if node.context is not None and node.context.depth > deepest:
-                return
-        if len(node.path) > limit or (node.context is not None and node.context.depth > deepest):
-            return
-        estimate = node.cost if rank is None else rank
-        if node.context is not None and rank is None:
-            # What is left open is charged, members passed are credited: else every alternative to the first
-            # choice would be tried before the last is made. The credit is less than the charge for one more
-            # level of nesting, so that a recursive branch loses to one that is not.
-            estimate += node.context.open - 4 * node.context.passed
-        heapq.heappush(heap, (estimate, node))
-
-    def _step(self, node: _Node, matcher: Matcher, move: Sequence[int], cost: float) -> _Node:
-        text = b"".join(map(self._bytes, move))
-        if node.context is not None:
-            context, text = node.context.after(text), b""
-        else:
-            text = node.text + text
-            context = self._hints.context(text) if self._hints.marker else None
-        return _Node(matcher, [*node.path, *move], node.cost + cost, context, text)
-
-    def _contents(self, node: _Node, limit: int) -> list[list[int]]:
-        """Short paths to where the string, number or free text that `node` stands in may end."""
-        return (
-            self._open(node, limit)
-            or self._recite(node, limit)
-            or self._fill_up(node, min(limit, 4))
-            or self._spell(node, limit, 40)
-            or self._fill_up(node, min(limit, 64))
-            or self._spell(node, limit, 400)
-            or self._fill_up(node, limit)
-        )
-
-    def _open(self, node: _Node, limit: int) -> list[list[int]]:
-        """A tag that begins JSON in the middle of free text."""
-        for ids in self._literals if node.context is None else ():
-            inner = node.matcher.fork()
-            if len(ids) <= limit and all(map(inner.advance, ids)):
-                return [ids]
-        return []
-
-    def _recite(self, node: _Node, limit: int) -> list[list[int]]:
-        """The shortest end that an example has from some place on."""
-        for ids in self._endings:
-            if len(ids) <= limit and node.matcher.validate(ids) == len(ids):
-                inner = _Node(node.matcher.fork(), [], 0.0, node.context, node.text)
-                if all(map(inner.matcher.advance, ids)):
-                    inner = self._step(inner, inner.matcher, ids, 0)
-                    if self._ends(inner, self._legal(inner.matcher)[1]):
-                        return [ids]
-        return []
-
-    def _spell(self, node: _Node, limit: int, expansions: int) -> list[list[int]]:
-        """Ends found byte by byte, those of different kinds first."""
-        heap: _Heap = []
-        seen: set[tuple[int, int]] = set()
-        found: list[list[int]] = []
-        self._push(heap, _Node(node.matcher.fork(), [], 0.0, node.context, node.text), limit)
-        for _ in range(expansions):
-            if not heap or len(found) == _ENDS:
-                break
-            inner = heapq.heappop(heap)[1]
-            row, legal = self._legal(inner.matcher)
-            if inner.path and self._ends(inner, legal):
-                found.append(inner.path)
-                continue
-            key = (sum(len(self._bytes(i)) for i in inner.path), hash(row.tobytes()))
-            if key in seen:
-                continue
-            seen.add(key)
-            for token in self._candidates.kinds(legal):
-                child = inner.matcher.fork()
-                if child.advance(token):
-                    again = 0.5 if token in inner.path else 0.0
-                    self._push(heap, self._step(inner, child, [token], 1.0 + again), limit)
-        return found
-
-    def _fill_up(self, node: _Node, limit: int) -> list[list[int]]:
-        """An end found by taking the longest legal words, as a least length wants it."""
-        inner = _Node(node.matcher.fork(), [], 0.0, node.context, node.text)
-        while len(inner.path) < limit:
-            legal = self._legal(inner.matcher)[1]
-            if inner.path and self._ends(inner, legal):
-                return [inner.path]
-            word = self._candidates.word(legal)
-            if word is None or not inner.matcher.advance(word):
-                break
-            inner.path.append(word)
-            if inner.context is not None:
-                inner.context = inner.context.after(self._bytes(word))
-        return []
-
-    def _ends(self, node: _Node, legal: NDArray[np.bool_]) -> bool:
-        """Whether the outer level can go on from here."""
-        if node.matcher.can_stop():
-            return True
-        if node.context is None or node.context.escape:
-            return False
-        return bool(self._candidates.punctuation(node.context, legal))
-
-    def _legal(self, matcher: Matcher) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        row = np.zeros(self._words, dtype=np.int32)
-        matcher.fill(row)
-        return row, np.unpackbits(row.view(np.uint8), bitorder="little").view(np.bool_)
-
-
 _PIECE = re.compile(
     r"\\(?:x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|[bBAzZ]|p\{\^?\w+\}|(?P<kind>[dDwWsS])|(?P<escaped>.))"
     r"|\[(?P<negated>\^?)(?P<members>(?:\\.|[^\]\\])(?:\\.|[^\]\\])*)\]"
     r"|(?P<open>\((?:\?(?:P?<\w+>|[a-z]*:))?)|(?P<close>\))|(?P<or>\|)|[\^$]|(?P<any>\.)|(?P<plain>[^\\])",
     re.DOTALL,
 )
+_EXAMPLE = 256
 _COUNT = re.compile(r"(?:([*?])|(\+)|\{(\d*),?\d*\})[?+]?")
 _KINDS = {"d": "0", "D": "a", "w": "a", "W": " ", "s": " ", "S": "a"}
 
@@ -413,7 +191,8 @@ _KINDS = {"d": "0", "D": "a", "w": "a", "W": " ", "s": " ", "S": "a"}
 def example(pattern: str) -> str:
     """A short text that `pattern` probably matches: first branches, first members, least repetitions.
 
-    It understands what schemas usually hold. A wrong guess costs nothing, since the grammar is asked.
+    It understands what schemas usually hold. A wrong guess costs nothing, since the grammar is asked. "" where none is
+    as short as 256 characters.
     """
     levels: list[tuple[str, str | None]] = []  # of each open group: the text before it, its first branch
     text, branch, at = "", None, 0
@@ -434,8 +213,13 @@ def example(pattern: str) -> str:
         count = _COUNT.match(pattern, at)
         if count is not None:
             at = count.end()
-            group *= 0 if count[1] else 1 if count[2] else int(count[3] or 0)
+            times = 0 if count[1] else 1 if count[2] else int(count[3] or 0)
+            if times * len(group) > _EXAMPLE:
+                return ""
+            group *= times
         text += group
+        if len(text) > _EXAMPLE:
+            return ""
     return text if branch is None else branch
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,18 +25,24 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from agentkit.runtime.closing import Candidates, Hints, Search, complete, example
+from agentkit.runtime.cache import Cache
+from agentkit.runtime.closing import Candidates, Hints, example
 from agentkit.runtime.errors import EngineError, SchemaError
 from agentkit.runtime.review import Case, Review
 from agentkit.runtime.schema.backend import limits, summary
 from agentkit.runtime.schema.front import Style, examples, inline
 from agentkit.runtime.schema.judge import Judge
 from agentkit.runtime.schema.report import SchemaReport
+from agentkit.runtime.search import Search
 from agentkit.runtime.spelling import Spellings
 from agentkit.runtime.vocab import Vocabulary
 
-_CACHE = 512
-_LONGEST_MINIMUM = 8192
+#: Bytes of compiled grammars that are remembered, by estimate: measured were 0.25 MB, and 160 for each byte of text.
+_CACHE_BYTES, _GRAMMAR_BYTES, _TEXT_FACTOR = 256 << 20, 256 << 10, 160
+#: Characters of a grammar of any kind; a JSON schema has a limit of its own.
+_MOST_TEXT = 1 << 20
+#: Tokens of the shortest output, and seconds of CPU time that finding it may take: else the schema asks for too much.
+_LONGEST_MINIMUM, _PATIENCE = 8192, 1.0
 _ROOM = 64  # ids that a valid output may have beyond four times as many as the shortest one
 #: Documents that are judged to find a short valid one.
 _TRIES = 9
@@ -133,11 +140,11 @@ class Grammar:
         self._search = Search(tables.candidates, hints, tables.words)
         # What is open at any time can hardly need more tokens than the whole schema has.
         self.reserve = min(max(128, size // 3), 2048)
-        shortest = self.matcher().completion(_LONGEST_MINIMUM)
+        shortest = self.matcher().completion(_LONGEST_MINIMUM, _PATIENCE)
         if shortest is None:
             raise SchemaError(
                 "No output satisfies this grammar, or only one that is too long. Look for limits that "
-                "contradict each other (required properties, patterns with lengths)."
+                "contradict each other (required properties, patterns with lengths), and for large minima."
             )
         # At least what a completion from the beginning takes: the search may find the valid one behind bans only.
         self.minimum = max(len(shortest), len(self._valid(4 * len(shortest) + _ROOM) or ()))
@@ -155,8 +162,9 @@ class Grammar:
         review, matcher = self.review(), self.matcher()
         if review is None:
             return None
+        until = time.thread_time() + _PATIENCE
         for _ in range(_TRIES):
-            rest = matcher.completion(limit - len(matcher.ids))
+            rest = matcher.completion(limit - len(matcher.ids), until - time.thread_time())
             if rest is None or not all(map(matcher.advance, rest)):
                 return None
             if review.hear(rest, ended=True):
@@ -312,10 +320,14 @@ class Matcher:
         fork._ids, fork._bans, fork._ended = self._ids.copy(), self._bans.copy(), self._ended
         return fork
 
-    def completion(self, limit: int) -> list[int] | None:
-        """A short list of at most `limit` ids after which the output may stop; None if none was found."""
+    def completion(self, limit: int, seconds: float = math.inf) -> list[int] | None:
+        """A short list of at most `limit` ids after which the output may stop; None if none was found.
+
+        Args:
+            seconds: of CPU time that finding it may take.
+        """
         text = b"".join(map(self._tables.vocab.token_bytes, self._ids))
-        return complete(self, self._search, text, limit)
+        return self._search.run(self, text, limit, seconds)
 
     def _require_sound(self) -> None:
         if self._llm.is_error():
@@ -325,7 +337,7 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary on a thread of its own, and remembers the last 512.
+    """Compiles grammars for one vocabulary on a thread of its own, and remembers the last 256 MB of them.
 
     Args:
         vocab: the tokens.
@@ -336,8 +348,8 @@ class GrammarCompiler:
         if vocab_size < vocab.size:
             raise ValueError(f"vocab_size {vocab_size} is less than the tokenizer's {vocab.size} ids")
         self._vocab, self._vocab_size = vocab, vocab_size
-        self._cache: OrderedDict[str, Future[Grammar]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache: Cache[Future[Grammar]] = Cache(_CACHE_BYTES)
+        self._lock = threading.RLock()  # a future that is already done calls `_forget` inside `submit`
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="agentkit-grammar")
 
     def submit(self, spec: GrammarSpec) -> Future[Grammar]:
@@ -346,7 +358,8 @@ class GrammarCompiler:
         Raises:
             EngineError: the compiler is closed.
         """
-        key = hashlib.sha256(f"{self._vocab.digest}\0{spec!r}".encode()).hexdigest()
+        text = repr(spec)
+        key = hashlib.sha256(f"{self._vocab.digest}\0{text}".encode()).hexdigest()
         with self._lock:
             future = self._cache.get(key)
             if future is None or future.cancelled():
@@ -354,12 +367,8 @@ class GrammarCompiler:
                     future = self._thread.submit(self._compile, key, spec)
                 except RuntimeError:
                     raise EngineError("The engine is closed. Open a new one.") from None
-                self._cache[key] = future
+                self._cache.put(key, future, _GRAMMAR_BYTES + _TEXT_FACTOR * len(text))
                 future.add_done_callback(lambda done: self._forget(key, done))
-            if key in self._cache:  # a compilation that has failed meanwhile has already been forgotten
-                self._cache.move_to_end(key)
-            while len(self._cache) > _CACHE:
-                self._cache.popitem(last=False)
         return future
 
     def close(self) -> None:
@@ -369,12 +378,14 @@ class GrammarCompiler:
     def _forget(self, key: str, done: Future[Grammar]) -> None:
         """Do not remember failures: the next request is told of it by its own compilation."""
         if done.cancelled() or done.exception() is not None:
-            # Not under the lock: a future that is already done calls back inside `submit`.
-            self._cache.pop(key, None)
+            with self._lock:
+                self._cache.drop(key)
 
     def _compile(self, key: str, spec: GrammarSpec) -> Grammar:
         hints, control, size = Hints(), frozenset[int](), len(repr(spec))
         reports, judged = tuple[tuple[str, SchemaReport], ...](), tuple[Judged, ...]()
+        if not isinstance(spec, JsonSpec) and size > _MOST_TEXT:
+            raise SchemaError(f"The grammar has {size:,} characters; the limit is {_MOST_TEXT:,}. Use a smaller one.")
         match spec:
             case JsonSpec(text, style):
                 front = inline(text, style)

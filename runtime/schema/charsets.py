@@ -53,6 +53,9 @@ def intersection(one: Chars, other: Chars) -> Chars:
 
 
 ANY: Chars = complement(())
+_CONTROL: Chars = ((0x00, 0x07), (0x0B, 0x0B), (0x0E, 0x1F))  # those that JSON escapes by number only
+_SEPARATOR: Chars = ((0x1F, 0x1F),)  # the control character missed least
+_ESCAPED: Chars = ((0x22, 0x22), (0x5C, 0x5C))
 DIGITS: Chars = ((0x30, 0x39),)
 _WORD: Chars = union(DIGITS, [(0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)])
 _ECMA_BLANKS = "\ufeff"
@@ -99,6 +102,10 @@ def spelled(chars: Chars) -> str:
     """`chars`, not empty, in a syntax that Python and Rust share."""
     if chars == ANY:
         return "(?s:.)"
+    others = complement(chars)
+    if not intersection(others, _CONTROL) and intersection(others, _ESCAPED):
+        # llguidance takes a class with all of these for one with every escape, the quote's included.
+        chars = intersection(chars, complement(_SEPARATOR))
     if len(chars) == 1 and chars[0][0] == chars[0][1]:
         return _character(chars[0][0])
     others = complement(chars)

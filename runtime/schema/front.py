@@ -20,9 +20,11 @@ from agentkit.runtime.closing import example
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.schema.automaton import Automaton, searched
 from agentkit.runtime.schema.backend import refusal
+from agentkit.runtime.schema.backtracking import require_patient
 from agentkit.runtime.schema.drafts import dialect_of
 from agentkit.runtime.schema.emit import Emitter
 from agentkit.runtime.schema.leaves import LEAVES
+from agentkit.runtime.schema.limits import require_bounded, require_writable
 from agentkit.runtime.schema.lower import Lowering
 from agentkit.runtime.schema.narrow import narrow
 from agentkit.runtime.schema.parts import Json, children, pointer
@@ -34,8 +36,8 @@ from agentkit.runtime.schema.shape import plainly_valid
 
 Style = Literal["call", "document"]
 
-#: Limits on a schema, so that none can keep the compiler busy or run it out of stack.
-MAX_BYTES, MAX_DEPTH = 256 * 1024, 64
+#: Characters of a schema; `limits` has what else is bounded.
+MAX_BYTES = 256 * 1024
 # One space, or a new line with indentation: what models write, and no way to go on for ever.
 _STYLES: dict[Style, Json] = {
     "call": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
@@ -80,7 +82,7 @@ def prepare(text: str) -> Json:
         value: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"The schema is not JSON ({error}). Pass JSON text.") from None
-    _require_shallow(value)
+    require_bounded(value)
     if value is False:
         raise SchemaError("The schema is `false`: nothing satisfies it. Pass another schema.")
     if value is True:
@@ -118,6 +120,7 @@ def inline(text: str, style: Style) -> Front:
         raise SchemaError("The schema's parts refer to each other too deeply. Use fewer levels.") from None
     if written is False:
         raise SchemaError("Nothing satisfies the schema: its parts contradict each other. Look at allOf and not.")
+    require_writable(written)
     findings = list(emitter.findings)
     options = _STYLES[style]
     narrowed = narrow(written)
@@ -129,7 +132,10 @@ def inline(text: str, style: Style) -> Front:
         # A bound of ours may contradict one that stands elsewhere: then do without ours.
         if refusal({**narrowed, "x-guidance": options}):
             narrowed = written
-    return Front({**narrowed, "x-guidance": options}, SchemaReport(tuple(findings)))
+    report = SchemaReport(tuple(findings))
+    if report.status == "verified":
+        require_patient(document)
+    return Front({**narrowed, "x-guidance": options}, report)
 
 
 def report_on(text: str, style: Style = "document") -> SchemaReport:
@@ -166,18 +172,3 @@ def _example_of_all(patterns: list[str]) -> str:
         return reduce(Automaton.both, map(searched, patterns)).shortest()
     except (Untranslatable, re.error):
         return ""
-
-
-def _require_shallow(value: object) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise SchemaError(f"The schema is nested deeper than {MAX_DEPTH}. Use $defs and $ref.")
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner += cast("Json", item).values()
-            elif isinstance(item, list):
-                inner += cast("list[object]", item)
-        level = inner

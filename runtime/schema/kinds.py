@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from jsonschema import Draft202012Validator
 
+from agentkit.runtime.schema.backtracking import Patient
+
 Json = dict[str, Any]
 
 #: Keywords that hold a part to values or to other schemas, whatever else stands beside them.
@@ -62,5 +64,5 @@ def _conflicts(value: object) -> bool:
 
 def satisfies(value: object, schema: Json) -> bool:
     """Whether jsonschema finds a value valid, formats included."""
-    judge: Any = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    judge: Any = Patient(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     return bool(judge.is_valid(value))

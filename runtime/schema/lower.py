@@ -21,6 +21,8 @@ _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "not", "$by", "unevaluatedPrope
 _UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
 #: What two lists of alternatives may become, and how often two are met in all, before the rest is left to the judge.
 _ALTERNATIVES, _MEETINGS = 128, 3000
+#: Parts that are lowered, and references that are followed, in all.
+_LOWERINGS, _OPENINGS = 20_000, 100_000
 #: Alternatives of a complement by which a branch of ``oneOf`` is made exclusive; sub-schemas looked into for emptiness.
 _COMPLEMENT, _LEVELS = 12, 8
 #: Branches of an ``anyOf`` of which all subsets are told apart where it matters which of them hold.
@@ -42,7 +44,7 @@ class Lowering:
         self._inverses: dict[str, Part] = {}
         self._opening: list[str] = []
         self._checking: list[int] = []
-        self._meetings = 0
+        self._meetings = self._openings = self._lowerings = 0
         self.children = Children(self.both, self.empty)
 
     def lower(self, part: Part, seen: bool = False) -> list[Json]:
@@ -61,6 +63,9 @@ class Lowering:
             return [part]
         key = (id(part), seen)
         if key not in self._lowered:
+            self._lowerings += 1
+            if self._lowerings > _LOWERINGS:
+                raise SchemaError("The schema has too many combinations. Use fewer conditions and alternatives.")
             alternatives = self._lower(part, seen)
             self._lowered[key] = alternatives
             self._kept.append(part)
@@ -84,6 +89,9 @@ class Lowering:
         if name in self._opening:
             at = flat.get("$at", "")
             raise SchemaError(f"At {at or 'the root'}: $ref leads to itself, so nothing is said. Correct it.", at)
+        self._openings += 1
+        if self._openings > _OPENINGS:
+            raise SchemaError("The schema's references lead to each other too often. Use fewer alternatives.")
         self._opening.append(name)
         try:
             return [each for inner in self.lower(self._named[name], seen) for each in self.opened(inner, seen)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from agentkit.runtime.schema.backtracking import search
 from agentkit.runtime.schema.parts import Json, Part, has_type, identity, types
 
 _LEAST = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
@@ -113,7 +114,7 @@ def _mergeable(a: Json, b: Json) -> bool:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern is found in a name, as jsonschema sees it; True where Python cannot tell."""
     try:
-        return re.search(pattern, name) is not None
+        return search(pattern, name)
     except re.error:
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import cast
 
@@ -12,6 +13,8 @@ from agentkit.runtime.schema.report import Finding
 
 #: Compilations in search of what is refused, and parts that are made wider in one schema.
 _TRIALS, _WIDENED = 96, 24
+#: CPU time for all of that.
+_SECONDS = 1.0
 #: What is never left out of a part as long as something else can be.
 _KEPT = ("type", "properties", "required", "items", "additionalProperties", "anyOf", "allOf", "$ref", "enum")
 #: What is said of all the others must go with what names them, or it would be said of these as well.
@@ -29,7 +32,7 @@ class Settler:
     def __init__(self, options: Json, places: Mapping[int, str]) -> None:
         self.findings: dict[Finding, None] = {}
         self._options, self._places = options, dict(places)
-        self._left = _TRIALS
+        self._left, self._until = _TRIALS, time.thread_time() + _SECONDS
         self._kept: list[Json] = []  # whose parts' identities are in `places`
 
     def settle(self, schema: Json) -> Json:
@@ -62,6 +65,8 @@ class Settler:
     def _refused(self, schema: Json, part: Json) -> str:
         """Why a part is refused on its own; empty if it is not, or once there have been too many trials."""
         self._left -= 1
+        if time.thread_time() > self._until:
+            raise SchemaError("The schema cannot be enforced; what is at fault takes too long to find. Simplify it.")
         definitions = {"$defs": schema["$defs"]} if "$defs" in schema and part is not schema else {}
         return refusal({**definitions, **part, "x-guidance": self._options}) if self._left >= 0 else ""
 

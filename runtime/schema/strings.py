@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -11,6 +10,7 @@ import jsonschema
 
 from agentkit.runtime.schema.automaton import allowed, automaton, searched
 from agentkit.runtime.schema.backend import takes
+from agentkit.runtime.schema.backtracking import search
 from agentkit.runtime.schema.kinds import Json, admits, whole, without
 from agentkit.runtime.schema.lengths import anchored, closed, counted, span
 from agentkit.runtime.schema.patterns import (
@@ -132,7 +132,7 @@ def _begun(condition: Ahead) -> str:
 
 def matches(pattern: str, text: str) -> bool:
     """Whether `text` matches a pattern as jsonschema has it."""
-    return re.search(pattern, text) is not None
+    return search(pattern, text)
 
 
 def _bounded(part: Json, pattern: str, note: Note) -> Json:

@@ -203,3 +203,22 @@ def test_string_keywords_say_nothing_about_other_types():
     }
     judged = Judged({"pattern": "^a$", "maxLength": 3})
     assert judged.wrong(["a", "b", 3, None, [], {"a": 1}]) == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r'^a[^"]b$',
+        r"^a[^\\]b$",
+        r'^a[^"\\]*b$',
+        r'^a[^\w"]b$',
+        r"^a[\x00-\x1f]b$",
+        r'^a[^"\n]b$',
+        r'^a[^"\t\r\f]b$',
+        r'^(?!a")',
+    ],
+)
+def test_a_class_without_the_quote_or_the_backslash_admits_neither_as_an_escape(pattern: str):
+    judged = string(pattern)
+    for text in ('a"b', "a\\b", "a\nb", "a/b", "a\x01b", 'a"'):
+        assert judged.accepts(json.dumps(text)) == bool(re.search(pattern, text)), text
