@@ -255,7 +255,7 @@ def require_keys(schema: Json | None, keys: Mapping[str, str]) -> None:
         shape = None if schema is None else _shape(schema, schema)
         for token in pointer.split("/")[1:]:
             name = token.replace("~1", "/").replace("~0", "~")
-            members = shape.schema.get("properties", {}) if shape is not None and shape.kind == "object" else {}
+            members: Json = shape.schema.get("properties", {}) if shape is not None and shape.kind == "object" else {}
             shape = _shape(members[name], cast("Json", schema)) if name in members else None
         items = (
             None if shape is None or shape.kind != "array" else _shape(shape.schema.get("items"), cast("Json", schema))

@@ -113,7 +113,7 @@ class OutlinesModel(VLLMOffline):
     ) -> list[str]:
         """The outputs for several prompts, decoded together. For what it raises see `generate`."""
         requests = self._requests(model_input, output_type, inference_kwargs)
-        return _wait(lambda: gather(self._whole, requests))
+        return _wait(lambda: gather(self._whole, requests, self.engine.sizes.running))
 
     def generate_stream(
         self, model_input: str | Chat, output_type: Any = None, **inference_kwargs: Any

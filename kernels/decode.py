@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -104,7 +105,8 @@ class _Stretch:
             self._slots = torch.cat([torch.arange(first, first + n) for first, n in runs])
         else:
             sources = [kv[:, first : first + n].unbind(0) for first, n in runs]
-            targets = self._wide.split([n for _, n in runs])
+            ends = accumulate(n for _, n in runs)
+            targets = [self._wide[end - n : end] for (_, n), end in zip(runs, ends, strict=True)]
             self._copies = [list(zip(targets, layer, strict=True)) for layer in zip(*sources, strict=True)]
         self._keys, self._values = wide[: count * size].view(count, size, 2, kv_heads, d).permute(2, 0, 3, 1, 4)
         self._mask: Tensor | None = None

@@ -102,7 +102,7 @@ def int4_linear(x: Tensor, weight: Int4) -> Tensor:
         ``[t, rows]`` bf16, the precision of the product.
     """
     # Not by way of `torch.ops`, which takes some microseconds longer to call.
-    product = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateUsage]
+    product = torch._weight_int4pack_mm_for_cpu  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     narrow = x if x.dtype is torch.bfloat16 else x.to(torch.bfloat16)
     return product(narrow, weight.nibbles, GROUP, weight.scales)
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar, cast
 
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.protocols import Validator
-from jsonschema.validators import extend
+from jsonschema.validators import extend  # pyright: ignore[reportUnknownVariableType]
 
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.schema.charsets import Chars
@@ -85,7 +85,7 @@ def _pattern(validator: Validator, pattern: str, instance: object, schema: objec
 
 
 #: jsonschema's validator of draft 2020-12 with `search` for ``pattern``.
-Patient: type[Validator] = extend(Draft202012Validator, {"pattern": _pattern})
+Patient = cast("type[Validator]", extend(Draft202012Validator, {"pattern": _pattern}))
 
 
 class _Automaton:

@@ -64,7 +64,7 @@ class Emitter:
             return {"$ref": f"#/$defs/{name}"}
         self._open[key] = None
         members = [self._flat(flat) for lowered in self._lowering.lower(part) for flat in spread(lowered)]
-        found = [member for member in members if member is not False]
+        found = [member for member in members if isinstance(member, dict)]
         written: Part = False
         if found:
             written = found[0] if len(found) == 1 else {"anyOf": found}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import combinations
-from operator import or_
 from typing import cast
 
 from agentkit.runtime.errors import SchemaError
@@ -109,7 +108,8 @@ class Lowering:
         members: list[Part] = []
         for part in (one, two):
             members += self._members(part)
-        unique = list({name_of(part) or id(part): part for part in members}.values())
+        by_name: dict[str | int, Part] = {name_of(part) or id(part): part for part in members}
+        unique = list(by_name.values())
         if len(unique) == 1:
             return unique[0]
         key = tuple(map(id, unique))
@@ -182,7 +182,7 @@ class Lowering:
             return flats
         reason = "what is left unevaluated depends on which branches hold."
         loose = Finding(part.get("$at", ""), "anyOf", "verified", reason)
-        union = reduce(or_, (flat["$seen"] for flat in flats))
+        union = reduce(lambda one, other: one | other, (flat["$seen"] for flat in flats))
         return [{**_loosened(flat, loose), "$seen": union} for flat in flats]
 
     def _one(self, context: Json, part: Json, seen: bool) -> list[Json]:

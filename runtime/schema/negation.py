@@ -117,7 +117,7 @@ def _bound(key: str, value: Any, loose: Finding) -> Iterator[Part]:
     elif key == "uniqueItems" and value is not True:
         return
     elif key in ("additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames"):
-        if value is False or value.keys() - {"$at"}:
+        if not isinstance(value, dict) or cast("Json", value).keys() - {"$at"}:
             yield {"type": "object", "minProperties": 1, "$loose": (loose,)}
     elif key in ("contains", "unevaluatedItems"):
         yield {"type": "array", "$loose": (loose,)}

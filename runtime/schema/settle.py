@@ -75,22 +75,23 @@ class Settler:
         copies: dict[int, object] = {id(part): value}
 
         def copy(inner: object) -> object:
-            if id(inner) in copies:
-                return copies[id(inner)]
+            key = id(inner)
+            if key in copies:
+                return copies[key]
             made = inner
             if isinstance(inner, dict):
                 members = cast("Json", inner)
-                changed = {key: copy(member) for key, member in members.items()}
-                if any(changed[key] is not members[key] for key in members):
+                changed = {name: copy(member) for name, member in members.items()}
+                if any(changed[name] is not members[name] for name in members):
                     made = changed
-                    if id(inner) in self._places:
-                        self._places[id(made)] = self._places[id(inner)]
+                    if key in self._places:
+                        self._places[id(changed)] = self._places[key]
             elif isinstance(inner, list):
                 items = cast("list[object]", inner)
                 copied = [copy(item) for item in items]
                 if any(one is not other for one, other in zip(copied, items, strict=True)):
                     made = copied
-            copies[id(inner)] = made
+            copies[key] = made
             return made
 
         return cast("Part", copy(schema))
