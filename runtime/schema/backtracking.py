@@ -13,11 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import jsonschema.validators
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.protocols import Validator
-from jsonschema.validators import extend  # pyright: ignore[reportUnknownVariableType]
 
 from agentkit.runtime.errors import SchemaError
 from agentkit.runtime.schema.charsets import Chars
@@ -84,8 +84,9 @@ def _pattern(validator: Validator, pattern: str, instance: object, schema: objec
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
+_jsonschema: Any = jsonschema.validators
 #: jsonschema's validator of draft 2020-12 with `search` for ``pattern``.
-Patient = cast("type[Validator]", extend(Draft202012Validator, {"pattern": _pattern}))
+Patient: Any = _jsonschema.extend(Draft202012Validator, {"pattern": _pattern})
 
 
 class _Automaton:

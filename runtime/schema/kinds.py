@@ -64,5 +64,5 @@ def _conflicts(value: object) -> bool:
 
 def satisfies(value: object, schema: Json) -> bool:
     """Whether jsonschema finds a value valid, formats included."""
-    judge: Any = Patient(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    judge = Patient(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     return bool(judge.is_valid(value))
