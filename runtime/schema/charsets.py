@@ -21,6 +21,8 @@ Chars = tuple[tuple[int, int], ...]
 LAST = 0x10FFFF
 # No character: JSON text is UTF-8, which cannot hold them.
 _SURROGATES = (0xD800, 0xDFFF)
+# A pattern has few sets and meets them often, ``\w`` of all of Unicode with its hundreds of intervals above all.
+_KEPT = 512
 
 
 def union(*sets: Iterable[tuple[int, int]]) -> Chars:
@@ -34,6 +36,7 @@ def union(*sets: Iterable[tuple[int, int]]) -> Chars:
     return tuple(merged)
 
 
+@lru_cache(_KEPT)
 def complement(chars: Chars) -> Chars:
     """All other characters, without surrogates."""
     found: list[tuple[int, int]] = []
@@ -47,6 +50,7 @@ def complement(chars: Chars) -> Chars:
     return tuple(found)
 
 
+@lru_cache(_KEPT)
 def intersection(one: Chars, other: Chars) -> Chars:
     """Characters in both."""
     return complement(union(complement(one), complement(other)))
@@ -98,6 +102,7 @@ def told_apart(sets: Iterable[Chars]) -> tuple[Chars, ...]:
     return tuple(union(intervals) for intervals in classes.values())
 
 
+@lru_cache(_KEPT)
 def spelled(chars: Chars) -> str:
     """`chars`, not empty, in a syntax that Python and Rust share."""
     if chars == ANY:
