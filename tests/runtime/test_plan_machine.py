@@ -441,7 +441,7 @@ class FullSchedulerMachine(SchedulerMachine):
 _common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, **_common)
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=40, **_common)
 
 TestSchedulerFull = pytest.mark.slow(FullSchedulerMachine.TestCase)
 TestSchedulerFull.settings = settings(max_examples=800, stateful_step_count=80, **_common)

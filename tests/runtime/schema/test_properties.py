@@ -121,9 +121,7 @@ def test_what_a_random_model_writes_is_whole_and_valid():
 
 
 @pytest.mark.slow
-def test_ten_thousand_documents_of_a_random_model_are_whole_and_valid(request: pytest.FixtureRequest):
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("some minutes; run with -m slow")
+def test_ten_thousand_documents_of_a_random_model_are_whole_and_valid():
     write_documents(10_000)
 
 
