@@ -30,6 +30,7 @@ EXPANSIONS = 2000
 #: ones: each level costs the matcher more than the one above it.
 _NESTED = 64
 _ENDS, _LOOK = 3, 32
+_CLOCK = 16  # states between two looks at the thread's clock, which cost more than some of the states
 _TAILS = 4096  # ends of examples; each is encoded when the grammar is compiled
 
 
@@ -84,7 +85,7 @@ class _Walker:
 
     def __init__(self, matcher: Matcher, node: _Node, words: int, until: float) -> None:
         self.matcher, self.node, self.until = matcher, node, until
-        self._words = words
+        self._words, self._looked = words, 0
 
     def go(self, node: _Node) -> None:
         """Stand at `node`, of the same tree."""
@@ -113,7 +114,8 @@ class _Walker:
 
     def legal(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """What may come next: the mask row, and the same as one flag an id."""
-        if time.thread_time() > self.until:
+        self._looked += 1
+        if self._looked % _CLOCK == 0 and time.thread_time() > self.until:
             raise _TooLate
         row = np.zeros(self._words, dtype=np.int32)
         self.matcher.fill(row)
