@@ -128,16 +128,6 @@ def _widen(kind: BlockKind, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     return wide.reshape(len(data), -1)
 
 
-def row_bytes(kind: BlockKind, columns: int) -> int:
-    """Bytes of one row. Raises ModelError if the row is not a whole number of blocks."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    if columns % elements:
-        raise ModelError(f"A row of {columns} elements is not a whole number of {kind} blocks of {elements}.")
-    return columns // elements * size
-
-
 def required_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor the model needs; ``lm_head.weight`` only where it is not tied."""
     hidden, wide = config.hidden, config.intermediate
