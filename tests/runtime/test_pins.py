@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentkit.runtime.engine import Engine
+from agentkit.runtime.errors import EngineError
 from agentkit.runtime.request import Request, Usage
 from tests import tiny
 
@@ -74,5 +75,7 @@ async def test_pins_of_a_closed_engine_do_nothing(folder: Path) -> None:
     with tiny.engine(folder) as engine:
         await run(engine, MINE)
         pin = engine.pin(MINE)
+    with pytest.raises(EngineError, match="closed"):
+        engine.cached(MINE)
     pin.close()
     engine.pin(MINE).close()
